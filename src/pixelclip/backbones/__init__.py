@@ -1,0 +1,237 @@
+"""One interface to every image and text tower: `load_backbone(name)`.
+
+Adding a family: a module whose visual part is an `nn.Module` with `stride`, `dim`, a dense
+`forward` and `pooled`, and one line in `BACKBONES`.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pixelclip.checkpoint import (
+    ModelCard,
+    State,
+    check_fit,
+    read_card,
+    read_state,
+    write_checkpoint,
+)
+from pixelclip.device import choose_device
+from pixelclip.errors import ConfigError, ModelError
+
+__all__ = ["BACKBONES", "Backbone", "load_backbone", "save_backbone"]
+
+
+class Visual(Protocol):
+    """What `Backbone.visual` offers beside its forward, which is dense."""
+
+    stride: int
+    dim: int
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+        """Dense features, not normalised."""
+
+    def pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """One embedding per image, not normalised."""
+
+
+class Text(Protocol):
+    """What `Backbone.text` offers."""
+
+    dim: int
+
+    @property
+    def temperature(self) -> float:
+        """Factor on cosines before a softmax over classes, as the model was trained."""
+
+    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "N L"]:
+        """Token ids up to the longest text."""
+
+    def embed(self, tokens: Int[Tensor, "N L"]) -> Float[Tensor, "N L E"]:
+        """Token embeddings."""
+
+    def __call__(
+        self, tokens: Int[Tensor, "N L"], embeddings: Float[Tensor, "N L E"] | None = None
+    ) -> Float[Tensor, "N D"]:
+        """Text features, not normalised."""
+
+
+class Backbone(nn.Module):
+    """An image tower that gives a feature per cell, and the text tower it is aligned with.
+
+    Attributes:
+        visual: forward is dense; a momentum teacher is `copy.deepcopy(backbone.visual)`.
+        text: frozen everywhere.
+        card: name, architecture, pixel statistics and defaults.
+    """
+
+    def __init__(self, visual: nn.Module, text: nn.Module, card: ModelCard):
+        super().__init__()
+        self.visual = visual
+        self.text = text
+        self.card = card
+        self.eval()
+        self.requires_grad_(False)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per feature cell."""
+        return int(self.visual.stride)  # type: ignore[arg-type]  # nn.Module is untyped
+
+    @property
+    def dim(self) -> int:
+        """Feature size D."""
+        return int(self.visual.dim)  # type: ignore[arg-type]
+
+    @property
+    def temperature(self) -> float:
+        """Factor on cosines before a softmax over classes, for confidences."""
+        return float(self.text.temperature)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def dense(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+        """Dense features, not normalised; h = ceil(H / stride), w = ceil(W / stride).
+
+        Args:
+            images: RGB in [0, 1]; normalised and padded inside.
+        """
+        return self.visual(images)  # type: ignore[no-any-return]
+
+    def pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        """The model's ordinary image embedding, not normalised."""
+        return self.visual.pooled(images)  # type: ignore[no-any-return, operator]
+
+
+def _open_clip(card: ModelCard, attention: str) -> Backbone:
+    from pixelclip.backbones.open_clip_models import build
+
+    return build(card, attention)
+
+
+def _mini(card: ModelCard, attention: str) -> Backbone:
+    from pixelclip.backbones.mini import build
+
+    return build(card, attention)
+
+
+BACKBONES: dict[str, Callable[[ModelCard, str], Backbone]] = {
+    "vit": _open_clip,
+    "convnext": _open_clip,
+    "mini": _mini,
+}
+
+
+def build_backbone(card: ModelCard, attention: str = "pixelclip") -> Backbone:
+    """A backbone of that card with weights yet to be filled in.
+
+    Raises:
+        ModelError: the card names an unknown family.
+    """
+    if card.family not in BACKBONES:
+        raise ModelError(f"unknown family {card.family!r}; available: {', '.join(BACKBONES)}")
+    return BACKBONES[card.family](card, attention)
+
+
+def load_backbone(
+    name: str = "mini",
+    *,
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    attention: str = "pixelclip",
+) -> Backbone:
+    """The model of that name, ready to use: evaluation mode, frozen, on `device`.
+
+    Args:
+        name: `mini`, `pixelclip-vit-b16`, `ViT-B-16/openai`, `hf-hub:org/repo`, a weight file,
+            a run directory; `pixelclip models` lists the names.
+        checkpoint: weight file or run directory that replaces the weights of the named model,
+            which are then neither needed nor downloaded.
+        device: auto, cpu, cuda, cuda:N or mps.
+        attention: what the last block of a ViT does: pixelclip, plain, maskclip, sclip, naclip
+            or clearclip.
+
+    Raises:
+        ModelError: the name is unknown, or the weights are missing or do not fit.
+        ConfigError: the device or the attention is not available.
+    """
+    from pixelclip.backbones import sources
+
+    where = choose_device(device)
+    source = sources.resolve(name, weights_wanted=checkpoint is None)
+    if attention != "pixelclip" and source.card.family != "vit":
+        raise ConfigError(
+            f"--attention {attention} needs a ViT; {name} is a {source.card.family}"
+        )
+    card = source.card
+    state, origin = (None, None) if checkpoint is not None else (source.read(), source.origin)
+    if checkpoint is not None:
+        path = sources.weight_file(Path(checkpoint))
+        card = _checked_card(card, read_card(path), path)
+        state, origin = sources.read_any(path, card), path
+    backbone = build_backbone(card, attention)
+    if state is not None:
+        _fill(backbone, state, origin)
+    return backbone.to(where)
+
+
+def _checked_card(card: ModelCard, found: ModelCard | None, path: Path) -> ModelCard:
+    """Card for `path` in the place of the named model's weights.
+
+    Raises:
+        ModelError: the checkpoint is of another architecture or activation.
+    """
+    if found is None:
+        return card
+    for field in ("family", "activation", "config"):
+        ours, theirs = getattr(card, field), getattr(found, field)
+        if ours != theirs:
+            detail = f"{theirs}, not {ours}" if field != "config" else "another architecture"
+            raise ModelError(
+                f"{path} does not fit {card.name}: its {field} is {detail};"
+                f" use --model {path} alone"
+            )
+    return found
+
+
+def _fill(backbone: Backbone, state: State, origin: object) -> None:
+    """Load tensors under open_clip's names (or mini's own), strictly."""
+    expected = exported_state(backbone)
+    dead = ("attn_mask", "input_resolution", "context_length", "vocab_size")
+    found = {key: value for key, value in state.items() if key not in dead}
+    check_fit(expected, found, origin)
+    with torch.no_grad():
+        for key, tensor in expected.items():
+            tensor.copy_(found[key])
+
+
+def exported_state(backbone: Backbone) -> State:
+    """The weights under the names in which they are stored.
+
+    For a CLIP these are open_clip's own names, so that other tools read our checkpoints.
+    """
+    return {
+        key.replace("visual.tower.", "visual.", 1).removeprefix("text."): value
+        for key, value in backbone.state_dict(keep_vars=False).items()
+    }
+
+
+def save_backbone(backbone: Backbone, path: str | Path) -> Path:
+    """Write a checkpoint that `load_backbone(str(path))` reads: a file, or `model.safetensors`
+    in a folder.
+
+    Raises:
+        ModelError: the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        target = target / "model.safetensors"
+    write_checkpoint(target, exported_state(backbone), backbone.card)
+    return target

@@ -1,0 +1,46 @@
+"""Choice of device and number format."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from pixelclip.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: the name is unknown or this machine has no such device.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or (index and not index.isdigit()):
+        raise ConfigError(f"unknown device {name!r}; available: {', '.join(DEVICES)}")
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
+    if (kind == "cuda" and not has_cuda) or (kind == "mps" and not has_mps):
+        raise ConfigError(f"this machine has no {kind} device; use --device cpu")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise ConfigError(f"no {name}: this machine has {torch.cuda.device_count()} GPU(s)")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager[object]:
+    """Context in which a forward pass runs in the asked precision.
+
+    `auto` is bfloat16 on GPUs that compute it natively and float32 elsewhere: on a CPU without
+    bfloat16 instructions it is slower than float32.
+
+    Raises:
+        ConfigError: the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"unknown precision {precision!r}; available: {', '.join(PRECISIONS)}")
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bfloat16" or (precision == "auto" and native):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()

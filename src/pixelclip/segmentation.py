@@ -1,0 +1,108 @@
+"""The result of segmenting one photo, and what can be made of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+from jaxtyping import Float, Integer
+from PIL import Image
+
+from pixelclip.images import overlay
+
+
+class ClassArea(TypedDict):
+    """How much of a photo a class covers."""
+
+    name: str
+    index: int
+    pixels: int
+    share: float
+    confidence: float
+
+
+def none_label(num_classes: int) -> int:
+    """Label of pixels without a class: 255, or 65535 above 255 classes."""
+    return 255 if num_classes <= 255 else 65535
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Labels of one photo in its original pixels.
+
+    Attributes:
+        labels: class index per pixel; uint8 up to 255 classes, else uint16; the highest value
+            of the type means no class.
+        classes: the names, in the order given.
+        mean_confidence: per class, mean over its pixels of the softmax over all classes, in
+            [0, 1]; 0 for a class without pixels.
+        confidence: the same per pixel, if asked for.
+        scores: cosine per class and pixel, if asked for.
+    """
+
+    labels: Integer[np.ndarray, "H W"]
+    classes: tuple[str, ...]
+    mean_confidence: Float[np.ndarray, " K"]
+    confidence: Float[np.ndarray, "H W"] | None = None
+    scores: Float[np.ndarray, "K H W"] | None = None
+
+    @property
+    def none(self) -> int:
+        """Label of pixels without a class."""
+        return none_label(len(self.classes))
+
+    def areas(self) -> list[ClassArea]:
+        """The classes that occur, largest first; pixels without a class are not in it."""
+        counts = np.bincount(self.labels.ravel(), minlength=self.none + 1)[: len(self.classes)]
+        order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+        return [
+            ClassArea(
+                name=self.classes[k],
+                index=k,
+                pixels=int(counts[k]),
+                share=float(counts[k] / self.labels.size),
+                confidence=round(float(self.mean_confidence[k]), 4),
+            )
+            for k in order
+        ]
+
+    def masks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Index and boolean mask (H, W) of every class that occurs, largest first."""
+        for area in self.areas():
+            yield area["index"], self.labels == area["index"]
+
+    def rles(self) -> dict[str, dict[str, object]]:
+        """COCO run-length encoding per class that occurs: `size` and text `counts`."""
+        from hotcoco import mask as codec
+
+        encoded = {}
+        for index, pixels in self.masks():
+            rle = codec.encode(np.asfortranarray(pixels, dtype=np.uint8))
+            counts = rle["counts"]
+            text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+            encoded[self.classes[index]] = {"size": list(rle["size"]), "counts": text}
+        return encoded
+
+    def polygons(self, tolerance: float = 1.0) -> dict[str, list[list[tuple[float, float]]]]:
+        """Closed rings (x, y) per class that occurs, in pixel coordinates with corners at 0.
+
+        Holes are rings of their own; the even-odd rule gives the area back.
+
+        Args:
+            tolerance: how far, in pixels, a ring may be simplified.
+        """
+        from skimage.measure import approximate_polygon, find_contours
+
+        rings: dict[str, list[list[tuple[float, float]]]] = {}
+        for index, pixels in self.masks():
+            found = []
+            for contour in find_contours(np.pad(pixels, 1).astype(np.float32), 0.5):
+                ring = approximate_polygon(contour, tolerance)
+                if len(ring) > 3:
+                    found.append([(float(x - 0.5), float(y - 0.5)) for y, x in ring])
+            rings[self.classes[index]] = found
+        return rings
+
+    def overlay(self, photo: Image.Image, opacity: float = 0.55) -> Image.Image:
+        """The photo under the colours of its classes, with a legend."""
+        return overlay(photo, self.labels, self.classes, opacity=opacity)

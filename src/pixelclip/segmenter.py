@@ -1,0 +1,393 @@
+"""Photos and words in, a class per pixel out.
+
+One column: plan the network input, read windows, dense features, best class per pixel by bands.
+Working memory is bounded by the window and the class block, whatever the photo's size.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from pixelclip.backbones import Backbone, load_backbone
+from pixelclip.config import SegmentConfig
+from pixelclip.device import autocast
+from pixelclip.errors import ConfigError
+from pixelclip.images import as_photo
+from pixelclip.segmentation import Segmentation, none_label
+from pixelclip.upsample import CLASS_BLOCK, Axis, axis, upsample_grid, upsampled_argmax
+from pixelclip.vocabulary import check_classes, class_features, parse_templates
+
+PhotoSource = str | Path | Image.Image | np.ndarray
+
+AUTHORS_SHORT_SIDE, AUTHORS_LONG_SIDE = 640, 2560
+AUTHORS_GRID = 64
+PIXELS_PER_BLOCK = 4_000_000
+VALUES_PER_BLOCK = 16_000_000
+MAX_SCORE_BYTES = 4 * 2**30
+
+
+class Plan(NamedTuple):
+    """How one photo goes through the network.
+
+    Attributes:
+        height: of the network input, in pixels.
+        width: of the network input.
+        rows: first grid row of every window.
+        columns: first grid column of every window.
+        window: grid cells of a window, down and across.
+    """
+
+    height: int
+    width: int
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    window: tuple[int, int]
+
+
+class Segmenter:
+    """Segments photos with one model and one vocabulary; text is encoded once.
+
+    Args:
+        model: a backbone, or a name for `load_backbone`.
+        classes: names; a comma inside a name separates synonyms.
+        config: see `SegmentConfig`.
+        device: used when `model` is a name.
+        cache: keep text features on disk.
+
+    Raises:
+        ConfigError: class names or settings are not usable.
+        ModelError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: Backbone | str,
+        classes: Sequence[str],
+        *,
+        config: SegmentConfig | None = None,
+        device: str = "auto",
+        cache: bool = True,
+    ):
+        self.config = config or SegmentConfig()
+        self.classes = check_classes(classes)
+        if len(self.classes) >= 65535:
+            raise ConfigError(f"{len(self.classes)} classes; a 16-bit label map holds 65534")
+        contrast: tuple[str, ...] = ()
+        if self.config.background == "names":
+            contrast = check_classes(self.config.background_names)
+        self.backbone = load_backbone(model, device=device) if isinstance(model, str) else model
+        self.templates = parse_templates(self.config.templates or self.backbone.card.templates)
+        self.text = class_features(
+            self.backbone,
+            [*self.classes, *contrast],
+            self.templates,
+            fix_article=self.config.fix_article,
+            cache=cache,
+        )
+
+    @overload
+    def __call__(
+        self, photo: PhotoSource, *, confidence: bool = ..., scores: bool = ...
+    ) -> Segmentation: ...
+
+    @overload
+    def __call__(
+        self, photo: Sequence[PhotoSource], *, confidence: bool = ..., scores: bool = ...
+    ) -> list[Segmentation]: ...
+
+    def __call__(
+        self,
+        photo: PhotoSource | Sequence[PhotoSource],
+        *,
+        confidence: bool = False,
+        scores: bool = False,
+    ) -> Segmentation | list[Segmentation]:
+        """Segment one photo, or a list of them; photos of one shape share forward passes.
+
+        Args:
+            photo: path, PIL image, array (H, W, 3) or (H, W) of uint8, or a list of these.
+            confidence: keep the confidence of every pixel too.
+            scores: keep the cosine of every class and pixel too.
+
+        Raises:
+            DataError: a photo cannot be read.
+            ConfigError: score maps were asked for that would not fit in 4 GiB.
+        """
+        if isinstance(photo, str | Path | Image.Image | np.ndarray):
+            return self._many([photo], confidence=confidence, scores=scores)[0]
+        size = self.config.batch_size
+        return [
+            result
+            for start in range(0, len(photo), size)
+            for result in self._many(
+                photo[start : start + size], confidence=confidence, scores=scores
+            )
+        ]
+
+    def _many(
+        self, sources: Sequence[PhotoSource], *, confidence: bool, scores: bool
+    ) -> list[Segmentation]:
+        """Segment a batch: photos with equal network input run together."""
+        photos = [as_photo(source, self.config.max_pixels) for source in sources]
+        plans = [self.plan(photo.width, photo.height) for photo in photos]
+        results: dict[int, Segmentation] = {}
+        for plan in dict.fromkeys(plans):
+            members = [index for index, other in enumerate(plans) if other == plan]
+            if len(plan.rows) * len(plan.columns) > 1:
+                bands = [self._bands(photos[index], plan) for index in members]
+            else:
+                whole = self.features([self._pixels(photos[index], plan) for index in members])
+                bands = [iter([features]) for features in whole]
+            for index, rows in zip(members, bands, strict=True):
+                size = (photos[index].height, photos[index].width)
+                results[index] = self._label(rows, plan, size, confidence=confidence, scores=scores)
+        return [results[index] for index in range(len(photos))]
+
+    def plan(self, width: int, height: int) -> Plan:
+        """Network input and windows for a photo of that size."""
+        config, stride = self.config, self.backbone.stride
+        if config.preset == "authors":
+            side = config.short_side or self.backbone.card.square
+            return Plan(side, side, (0,), (0,), (AUTHORS_GRID, AUTHORS_GRID))
+        short_side = config.short_side or self.backbone.card.short_side
+        scale = max(short_side / min(width, height), 1 / config.max_downscale)
+        if config.short_side:
+            scale = short_side / min(width, height)
+        net_height, net_width = max(1, round(height * scale)), max(1, round(width * scale))
+        rows, window_height = window_starts(-(-net_height // stride), config, stride)
+        columns, window_width = window_starts(-(-net_width // stride), config, stride)
+        return Plan(net_height, net_width, rows, columns, (window_height, window_width))
+
+    def _pixels(self, photo: Image.Image, plan: Plan) -> Float[Tensor, "3 H W"]:
+        """The whole photo as network input, RGB in [0, 1]."""
+        if self.config.preset == "authors":
+            return authors_input(photo, plan.height)
+        return to_pixels(photo.resize((plan.width, plan.height), Image.Resampling.BILINEAR))
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Float[Tensor, "3 H W"]]) -> Float[Tensor, "B h w D"]:
+        """Unit-norm dense features of equally large network inputs.
+
+        With the authors' preset the grid is 64 x 64, resized before normalising (behaviour.md
+        17a).
+        """
+        parts = []
+        for start in range(0, len(images), self.config.batch_size):
+            batch = torch.stack(list(images[start : start + self.config.batch_size]))
+            batch = batch.to(self.backbone.device)
+            with autocast(batch.device, self.config.precision):
+                features = self.backbone.dense(batch).float()  # [B, D, h, w]
+            if self.config.preset == "authors":
+                size = (AUTHORS_GRID, AUTHORS_GRID)
+                features = F.interpolate(features, size, mode="bilinear", align_corners=False)
+            parts.append(F.normalize(features, dim=1).permute(0, 2, 3, 1))
+        return torch.cat(parts)
+
+    def _bands(self, photo: Image.Image, plan: Plan) -> Iterator[Float[Tensor, "r w D"]]:
+        """Grid rows of a photo in windows, top to bottom, as soon as they are final.
+
+        Where windows overlap, their unit-norm features are averaged with weights that fall
+        towards the window's border; so the cosines are averaged too.
+        """
+        grid_width = -(-plan.width // self.backbone.stride)
+        window_height = plan.window[0]
+        device = self.backbone.device
+        total = torch.zeros(window_height, grid_width, self.backbone.dim, device=device)
+        weight = torch.zeros(window_height, grid_width, 1, device=device)
+        top = 0
+        for row in plan.rows:
+            if row > top:
+                done = row - top
+                yield total[:done] / weight[:done]
+                total = torch.cat([total[done:], torch.zeros_like(total[:done])])
+                weight = torch.cat([weight[done:], torch.zeros_like(weight[:done])])
+                top = row
+            for column, features in self._window_row(photo, plan, row):
+                height, width = features.shape[:2]
+                taper = torch.outer(_taper(height), _taper(width))[..., None].to(device)
+                where = (slice(0, height), slice(column, column + width))
+                total[where] += features * taper
+                weight[where] += taper
+        yield total / weight
+
+    def _window_row(
+        self, photo: Image.Image, plan: Plan, row: int
+    ) -> Iterator[tuple[int, Float[Tensor, "h w D"]]]:
+        """First grid column and features of the windows that begin at one grid row."""
+        stride = self.backbone.stride
+        scale_x, scale_y = photo.width / plan.width, photo.height / plan.height
+        top, bottom = row * stride, min((row + plan.window[0]) * stride, plan.height)
+        waiting: list[tuple[int, Tensor]] = []
+        for column in plan.columns:
+            left = column * stride
+            right = min((column + plan.window[1]) * stride, plan.width)
+            box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+            size = (right - left, bottom - top)
+            pixels = to_pixels(photo.resize(size, Image.Resampling.BILINEAR, box=box))
+            if waiting and (waiting[0][1].shape != pixels.shape
+                            or len(waiting) == self.config.batch_size):  # fmt: skip
+                yield from self._run_windows(waiting)
+                waiting = []
+            waiting.append((column, pixels))
+        yield from self._run_windows(waiting)
+
+    def _run_windows(self, waiting: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        columns = [column for column, _ in waiting]
+        yield from zip(columns, self.features([pixels for _, pixels in waiting]), strict=True)
+
+    @torch.inference_mode()
+    def _label(
+        self,
+        bands: Iterator[Float[Tensor, "r w D"]],
+        plan: Plan,
+        size: tuple[int, int],
+        *,
+        confidence: bool,
+        scores: bool,
+    ) -> Segmentation:
+        """Labels of a photo from its grid rows."""
+        rows, columns = self.axes(plan, size)
+        count = len(self.classes)
+        if scores and len(self.text) * size[0] * size[1] * 4 > MAX_SCORE_BYTES:
+            raise ConfigError(
+                f"score maps of {count} classes at {size[0]} x {size[1]} pixels exceed 4 GiB"
+            )
+        labels = np.empty(size, dtype=np.uint8 if count <= 255 else np.uint16)
+        sure = np.empty(size, dtype=np.float16) if confidence else None
+        maps = np.empty((count, *size), dtype=np.float32) if scores else None
+        totals = np.zeros((2, none_label(count) + 1))
+        start = 0
+        for block, row_axis in self._blocks(bands, rows, size[1]):
+            stop = start + len(row_axis.lower)
+            part, certain = self._label_block(block, row_axis, columns)
+            labels[start:stop] = part
+            totals[0] += np.bincount(part.ravel(), minlength=totals.shape[1])
+            totals[1] += np.bincount(part.ravel(), certain.ravel(), minlength=totals.shape[1])
+            if sure is not None:
+                sure[start:stop] = certain
+            if maps is not None:
+                for k in range(count):
+                    grid = block @ self.text[k]
+                    maps[k, start:stop] = upsample_grid(grid, row_axis, columns)
+            start = stop
+        mean = (totals[1] / np.maximum(totals[0], 1))[:count]
+        return Segmentation(labels, self.classes, mean, sure, maps)
+
+    def axes(self, plan: Plan, size: tuple[int, int]) -> tuple[Axis, Axis]:
+        """Where the rows and columns of a photo of that size lie on the grid."""
+        height, width = size
+        if self.config.preset == "authors":
+            grid = AUTHORS_GRID
+            return axis(height, grid, grid / height), axis(width, grid, grid / width)
+        stride = self.backbone.stride
+        return (
+            axis(height, -(-plan.height // stride), plan.height / (height * stride)),
+            axis(width, -(-plan.width // stride), plan.width / (width * stride)),
+        )
+
+    def _blocks(
+        self, bands: Iterator[Float[Tensor, "_ w D"]], rows: Axis, photo_width: int
+    ) -> Iterator[tuple[Float[Tensor, "r w D"], Axis]]:
+        """Cut bands so that a block's pixels and scores stay small; rows continue seamlessly.
+
+        The rows between the last grid row of one block and the first of the next need both, so
+        that last row begins the next block again.
+        """
+        held: Tensor | None = None
+        first = pixel = 0  # grid row of held[0]; next photo row
+        for band in bands:
+            held = band if held is None else torch.cat([held, band])
+            step = self._rows_per_block(rows, photo_width, held.shape[1])
+            while len(held) > step + 1:
+                stop = int(np.searchsorted(rows.lower, first + step))
+                if stop > pixel:
+                    yield held[: step + 1], _shifted(rows, pixel, stop, first)
+                held, first, pixel = held[step:], first + step, stop
+        if held is not None and pixel < len(rows.lower):
+            yield held, _shifted(rows, pixel, len(rows.lower), first)
+
+    def _rows_per_block(self, rows: Axis, photo_width: int, grid_width: int) -> int:
+        pixels_per_row = len(rows.lower) / (int(rows.lower[-1]) + 1)
+        by_pixels = PIXELS_PER_BLOCK / (pixels_per_row * photo_width)
+        by_values = VALUES_PER_BLOCK / (grid_width * min(len(self.text), CLASS_BLOCK))
+        return max(1, int(min(by_pixels, by_values)))
+
+    def _label_block(
+        self, block: Float[Tensor, "r w D"], rows: Axis, columns: Axis
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and confidences of the photo rows over one block of grid rows."""
+        count, temperature = len(self.classes), self.backbone.temperature
+        best, score = upsampled_argmax(block, self.text, rows, columns)
+        norm = torch.stack([
+            (temperature * (block @ part.T)).logsumexp(-1) for part in self.text.split(CLASS_BLOCK)
+        ]).logsumexp(0)
+        certain = np.exp(temperature * score - upsample_grid(norm, rows, columns))
+        np.minimum(certain, 1.0, out=certain)
+        none = none_label(count)
+        labels = best.astype(np.uint8 if count <= 255 else np.uint16, copy=False)
+        if len(self.text) > count:
+            labels = np.where(best >= count, none, labels).astype(labels.dtype)
+        if self.config.background == "threshold":
+            labels = np.where(certain < self.config.threshold, none, labels).astype(labels.dtype)
+        return labels, certain
+
+
+def _shifted(rows: Axis, start: int, stop: int, first: int) -> Axis:
+    return Axis(rows.lower[start:stop] - first, rows.weight[start:stop])
+
+
+def window_starts(cells: int, config: SegmentConfig, stride: int) -> tuple[tuple[int, ...], int]:
+    """First cells of the windows along one axis, and their length in cells.
+
+    The windows are equally long and evenly spread; neighbours share at least `overlap`.
+    """
+    length = max(2, config.window // stride)
+    if cells <= length:
+        return (0,), cells
+    step = max(1, round(length * (1 - config.overlap)))
+    count = -(-(cells - length) // step) + 1
+    return tuple(round(i * (cells - length) / (count - 1)) for i in range(count)), length
+
+
+def _taper(length: int) -> Float[Tensor, " n"]:
+    """Weights that rise from both ends to the middle, never zero."""
+    ramp = torch.arange(1, length + 1, dtype=torch.float32)
+    return torch.minimum(ramp, ramp.flip(0))
+
+
+def to_pixels(photo: Image.Image) -> Float[Tensor, "3 H W"]:
+    """RGB in [0, 1]."""
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).float().div(255)
+
+
+def authors_input(photo: Image.Image, side: int) -> Float[Tensor, "3 S S"]:
+    """The authors' network input: short side 640 by PIL, then a square (behaviour.md 9, 18a)."""
+    width, height = photo.size
+    scale = AUTHORS_SHORT_SIDE / min(width, height)
+    scale = min(scale, AUTHORS_LONG_SIDE / max(width, height))
+    size = (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5)))
+    pixels = to_pixels(photo.resize(size, Image.Resampling.BILINEAR))
+    return squash(pixels, side)
+
+
+def squash(pixels: Float[Tensor, "3 H W"], side: int) -> Float[Tensor, "3 S S"]:
+    """Bilinear resize to a square without antialiasing (behaviour.md 9)."""
+    return F.interpolate(pixels[None], (side, side), mode="bilinear", align_corners=False)[0]
+
+
+def segment(
+    photo: PhotoSource, classes: Sequence[str], model: Backbone | str = "mini"
+) -> Segmentation:
+    """Segment one photo with words: the two-line API.
+
+    Raises:
+        PixelClipError: the photo, a name or the model cannot be used; the message says why.
+    """
+    return Segmenter(model, classes)(photo)

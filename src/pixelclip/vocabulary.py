@@ -1,0 +1,245 @@
+"""Class names to text features: templates, synonyms, ensembling, a cache on disk."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from pixelclip.backbones import Backbone, Text
+from pixelclip.checkpoint import cache_dir, read_state, write_safetensors
+from pixelclip.errors import ConfigError, ModelError
+
+SINGLE = ("A photo of a {} in the scene",)
+
+# In the order of the authors' list, on which their per-template features depend.
+IMAGENET_SELECT = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "A photo of a {} in the scene",
+)
+
+TEXTS_PER_CALL = 256
+
+
+@cache
+def template_sets() -> dict[str, tuple[str, ...]]:
+    """The built-in template sets by name."""
+    text = files("pixelclip").joinpath("data/imagenet_templates.txt").read_text("utf-8")
+    imagenet = tuple(line for line in text.splitlines() if line)
+    return {"single": SINGLE, "imagenet-select": IMAGENET_SELECT, "imagenet": imagenet,
+            "name": ("{}",)}  # fmt: skip
+
+
+@cache
+def class_lists() -> dict[str, tuple[str, ...]]:
+    """The built-in class lists by name, spelled as their protocols spell them."""
+    text = files("pixelclip").joinpath("data/class_names.json").read_text("utf-8")
+    return {name: tuple(names) for name, names in json.loads(text).items()}
+
+
+def parse_templates(text: str) -> tuple[str, ...]:
+    """Templates from the name of a built-in set or from a file with one per line.
+
+    Raises:
+        ConfigError: neither exists, or a template has no `{}` or more than one.
+    """
+    if text in template_sets():
+        return template_sets()[text]
+    if "{}" in text:
+        return check_templates((text,), "--templates")
+    lines = _lines(Path(text), "template set", tuple(template_sets()))
+    return check_templates(tuple(line.strip() for line in lines if line.strip()), text)
+
+
+def check_templates(templates: Sequence[str], origin: str) -> tuple[str, ...]:
+    """The templates, each with exactly one `{}`.
+
+    Raises:
+        ConfigError: one has not, or there are none.
+    """
+    if not templates:
+        raise ConfigError(f"{origin} holds no template; write one per line, with {{}} for the name")
+    for template in templates:
+        if template.count("{}") != 1 or template.replace("{}", "").count("{"):
+            raise ConfigError(f"template {template!r} in {origin} needs exactly one {{}}")
+    return tuple(templates)
+
+
+def parse_classes(text: str) -> tuple[str, ...]:
+    """Class names from a built-in list, a file with one per line, or a list in the text.
+
+    In a text, commas separate classes; where it holds a semicolon, semicolons do, and commas
+    separate synonyms: "cat; sofa, couch; window". In a file a line is a class, commas in it
+    separate synonyms.
+
+    Raises:
+        ConfigError: there are none, one is empty, or one occurs twice.
+    """
+    if text in class_lists():
+        return class_lists()[text]
+    path = Path(text)
+    if path.suffix in {".txt", ".csv", ".json"} or "/" in text or _is_file(path):
+        lines = _lines(path, "class list", tuple(class_lists()))
+        return check_classes([line.strip() for line in lines if line.strip()])
+    return check_classes([name.strip() for name in text.split(";" if ";" in text else ",")])
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a user's text happens to be a file; a long list of names is no path."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _lines(path: Path, what: str, known: tuple[str, ...]) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(
+            f"cannot read the {what} {path}: {reason}; built in: {', '.join(known)}"
+        ) from error
+
+
+def check_classes(names: Sequence[str]) -> tuple[str, ...]:
+    """The class names as a tuple.
+
+    Raises:
+        ConfigError: there are none, one (or a synonym) is empty, or a name occurs twice.
+    """
+    if not any(name.strip() for name in names):
+        raise ConfigError('no class names; give some, as in --classes "cat, sofa, window"')
+    for index, name in enumerate(names):
+        if not all(part.strip() for part in name.split(",")):
+            raise ConfigError(f"class {index + 1} of {len(names)} is empty or has an empty synonym")
+    seen: dict[str, str] = {}
+    for name in names:
+        if (key := name.strip().casefold()) in seen:
+            raise ConfigError(f"class name {name.strip()!r} occurs twice")
+        seen[key] = name
+    return tuple(names)
+
+
+def fill(template: str, name: str, *, fix_article: bool = False) -> str:
+    """The template with the name in it.
+
+    Args:
+        template: text with one `{}`.
+        name: of a class.
+        fix_article: write "an" before a vowel; the authors do not (behaviour.md 6b).
+    """
+    if fix_article and name[:1].lower() in "aeiou":
+        for article in ("a", "A"):
+            if template.startswith(f"{article} {{}}"):
+                template = f"{article}n {template[2:]}"
+            template = template.replace(f" {article} {{}}", f" {article}n {{}}")
+    return template.format(name)
+
+
+@torch.no_grad()
+def encode_texts(text: Text, texts: Sequence[str]) -> Float[Tensor, "N D"]:
+    """Unit-norm features of many texts, a few hundred per call, shortest first.
+
+    Sorting by length lets each call stop at its own longest text.
+    """
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    parts = []
+    for start in range(0, len(order), TEXTS_PER_CALL):
+        batch = [texts[index] for index in order[start : start + TEXTS_PER_CALL]]
+        parts.append(F.normalize(text(text.tokenize(batch)).float(), dim=1))
+    features = torch.cat(parts)
+    return features[torch.tensor(order, device=features.device).argsort()]
+
+
+def encode_classes(
+    text: Text,
+    names: Sequence[str],
+    templates: Sequence[str] = IMAGENET_SELECT,
+    *,
+    fix_article: bool = False,
+) -> Float[Tensor, "K D"]:
+    """One unit-norm text feature per class (behaviour.md 6a).
+
+    Each text is normalised; synonyms ("sofa, couch") are averaged and normalised per template;
+    templates are averaged and normalised.
+
+    Args:
+        text: text tower.
+        names: of the classes; ", " separates synonyms.
+        templates: each with one `{}`.
+        fix_article: see `fill`.
+    """
+    return torch.cat([
+        F.normalize(per_template(text, names[start : start + TEXTS_PER_CALL], templates,
+                                 fix_article=fix_article).mean(dim=1), dim=1)
+        for start in range(0, len(names), TEXTS_PER_CALL)
+    ])  # fmt: skip
+
+
+def per_template(
+    text: Text, names: Sequence[str], templates: Sequence[str], *, fix_article: bool = False
+) -> Float[Tensor, "K T D"]:
+    """Unit-norm feature per class and template, synonyms averaged."""
+    synonyms = [
+        (index, part.lstrip()) for index, name in enumerate(names) for part in name.split(",")
+    ]
+    texts = [fill(t, part, fix_article=fix_article) for _, part in synonyms for t in templates]
+    features = encode_texts(text, texts).unflatten(0, (len(synonyms), len(templates)))
+    owners = torch.tensor([index for index, _ in synonyms], device=features.device)
+    sums = features.new_zeros(len(names), *features.shape[1:]).index_add(0, owners, features)
+    counts = torch.bincount(owners, minlength=len(names))[:, None, None]
+    return F.normalize(sums / counts, dim=2)
+
+
+def class_features(
+    backbone: Backbone,
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    fix_article: bool = False,
+    cache: bool = True,
+) -> Float[Tensor, "K D"]:
+    """`encode_classes`, kept on disk under a hash of weights, names and templates.
+
+    A cache that cannot be read or written is passed over.
+    """
+    if not cache:
+        return encode_classes(backbone.text, names, templates, fix_article=fix_article)  # type: ignore[arg-type]
+    key = json.dumps([weights_hash(backbone.text), list(names), list(templates), fix_article])
+    path = cache_dir() / "text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        try:
+            stored = read_state(path)["features"]
+            if stored.shape == (len(names), backbone.dim):
+                return stored.to(backbone.device)
+        except (ModelError, KeyError):
+            pass  # a damaged cache file is made again
+    features = encode_classes(backbone.text, names, templates, fix_article=fix_article)  # type: ignore[arg-type]
+    try:
+        write_safetensors(path, {"features": features}, {"format": "pt"})
+    except OSError:
+        pass
+    return features
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """Hash of a module's tensors, names included."""
+    digest = hashlib.blake2b(type(module).__name__.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                      if tensor.ndim else str(tensor.item()).encode())  # fmt: skip
+    return digest.hexdigest()
