@@ -1,0 +1,63 @@
+"""The command line: one command per file of `commands/`, every mistake one line."""
+
+import logging
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from pixelclip import __version__
+from pixelclip.commands.eval import eval_command
+from pixelclip.commands.models import models_command
+from pixelclip.commands.segment import segment_command
+from pixelclip.errors import PixelClipError
+
+app = typer.Typer(
+    name="pixelclip",
+    help="Name things in words; every pixel of your photos gets one of those names.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("segment")(segment_command)
+app.command("eval")(eval_command)
+app.command("models")(models_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pixelclip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Name things in words; every pixel of your photos gets one of those names."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 some photos failed, 2 nothing could be done."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("pixelclip: %(message)s"))
+    logging.getLogger("pixelclip").addHandler(handler)
+    logging.getLogger("pixelclip").setLevel(logging.INFO)
+    try:
+        code = app(standalone_mode=False)
+    except PixelClipError as error:
+        code = _fail(str(error))
+    except click.ClickException as error:
+        code = _fail(f"{error.format_message()} (see pixelclip --help)")
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"pixelclip: error: {line}", file=sys.stderr)
+    return 2

@@ -1,0 +1,37 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Name (pixelclip models), weight file or run directory."),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Weight file or run directory that replaces the model's weights.",
+                 show_default=False),
+]  # fmt: skip
+Templates = Annotated[
+    str | None,
+    typer.Option(help='single, imagenet-select, imagenet, name, "a photo of a {}" or a file.',
+                 show_default="the model's own"),
+]  # fmt: skip
+ShortSide = Annotated[
+    int | None,
+    typer.Option(help="Network input for the photo's shorter side, in pixels.",
+                 show_default="the model's own"),
+]  # fmt: skip
+Attention = Annotated[
+    str,
+    typer.Option(help="Last block of a ViT: pixelclip, plain, maskclip, sclip, naclip, clearclip."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(help="Refuse photos with more pixels.", show_default="128000000"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

@@ -1,0 +1,106 @@
+"""`pixelclip segment`: photos and words in, label maps and overlays out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixelclip.commands.options import (
+    Attention,
+    Checkpoint,
+    Device,
+    Json,
+    MaxPixels,
+    Model,
+    Quiet,
+    ShortSide,
+    Templates,
+)
+
+
+def segment_command(
+    photos: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Photos, or folders of photos; none: the sample photos.",
+                       show_default=False),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", "-c", show_default=False, help=(
+            'Names: "cat, sofa, window"; with synonyms "cat; sofa, couch"; a file with one per'
+            " line; or a built-in list such as coco-stuff-171.")),
+    ] = None,
+    model: Model = "mini",
+    checkpoint: Checkpoint = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the results.")
+    ] = Path("pixelclip-out"),
+    templates: Templates = None,
+    preset: Annotated[
+        str, typer.Option(help="default (keeps the photo's shape) or authors (their protocol).")
+    ] = "default",
+    short_side: ShortSide = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Larger network inputs are cut into windows of so many pixels.",
+                     show_default="768"),
+    ] = None,
+    background: Annotated[
+        str,
+        typer.Option(help="none; threshold (unsure pixels get no class); names (pixels of"
+                     " --background-names get no class)."),
+    ] = "none",
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Confidence below which a pixel gets no class.", show_default="0.3"),
+    ] = None,
+    background_names: Annotated[
+        str | None, typer.Option(help="Contrast names, written as --classes.", show_default=False)
+    ] = None,
+    attention: Attention = "pixelclip",
+    masks: Annotated[
+        bool, typer.Option("--masks", help="Put each class's mask (RLE, polygons) in the JSON.")
+    ] = False,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Write the score of every class (STEM.scores.npz).")
+    ] = False,
+    no_overlay: Annotated[
+        bool, typer.Option("--no-overlay", help="Write no overlay pictures.")
+    ] = False,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    max_pixels: MaxPixels = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Segment photos with words.
+
+    Writes STEM.labels.png (class index per pixel, 255 = no class; 16 bit and 65535 above 255
+    classes), STEM.overlay.png and STEM.json for every photo.
+    """
+    from pixelclip.config import SegmentConfig, make_config
+    from pixelclip.job import Output, segment_photos
+    from pixelclip.vocabulary import parse_classes
+
+    config = make_config(
+        SegmentConfig,
+        preset=preset,
+        templates=templates,
+        short_side=short_side,
+        window=window,
+        background=background,
+        threshold=threshold,
+        background_names=parse_classes(background_names) if background_names else None,
+        precision=precision,
+        max_pixels=max_pixels,
+    )
+    return segment_photos(
+        photos or [],
+        classes=classes,
+        model=model,
+        checkpoint=checkpoint,
+        device=device,
+        attention=attention,
+        config=config,
+        output=Output(output, masks, scores, not no_overlay, json_output, quiet),
+    )

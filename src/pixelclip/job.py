@@ -1,0 +1,204 @@
+"""Segment many photos and write the results; a broken photo does not stop the others."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+import pixelclip
+from pixelclip.backbones import load_backbone
+from pixelclip.config import SegmentConfig
+from pixelclip.errors import ConfigError, DataError
+from pixelclip.images import Photo, find_photos, png_bytes, read_photo, write_bytes
+from pixelclip.progress import progress_bar
+from pixelclip.samples import sample_photos
+from pixelclip.segmentation import Segmentation
+from pixelclip.segmenter import Segmenter
+from pixelclip.vocabulary import parse_classes
+
+BATCH_PIXELS = 64_000_000
+
+
+class Output(NamedTuple):
+    """What is written and printed.
+
+    Attributes:
+        folder: for the results.
+        masks: RLE and polygons in the JSON of each photo.
+        scores: score maps as NPZ.
+        overlay: overlay pictures.
+        json: print a summary as JSON on stdout.
+        quiet: print errors only.
+    """
+
+    folder: Path
+    masks: bool = False
+    scores: bool = False
+    overlay: bool = True
+    json: bool = False
+    quiet: bool = False
+
+
+def segment_photos(
+    paths: list[Path],
+    *,
+    classes: str | None,
+    model: str,
+    checkpoint: Path | None,
+    device: str,
+    attention: str,
+    config: SegmentConfig,
+    output: Output,
+) -> int:
+    """Segment photos and folders; without any, the sample photos with words of their own.
+
+    Returns:
+        0: all done; 1: some photos failed, they are listed.
+
+    Raises:
+        PixelClipError: nothing could be done.
+    """
+    groups = _groups(paths, classes)
+    _check_writable(output.folder)
+    backbone = load_backbone(model, checkpoint=checkpoint, device=device, attention=attention)
+    done: list[dict[str, object]] = []
+    failed: list[dict[str, str]] = []
+    with progress_bar(quiet=output.quiet) as bar:
+        task = bar.add_task("segmenting", total=sum(len(photos) for _, photos in groups))
+        for names, photos in groups:
+            segmenter = Segmenter(backbone, parse_classes(names), config=config)
+            for photo, result in _results(segmenter, photos, scores=output.scores):
+                if isinstance(result, Segmentation):
+                    done.append(_write(photo, result, segmenter, output))
+                else:
+                    failed.append({"photo": str(photo.path), "error": str(result)})
+                bar.advance(task)
+    if not done:
+        more = f" (and {len(failed) - 1} more photos failed)" if len(failed) > 1 else ""
+        raise DataError(failed[0]["error"] + more)
+    _print(done, failed, output)
+    return 1 if failed else 0
+
+
+def _groups(paths: list[Path], classes: str | None) -> list[tuple[str, list[Photo]]]:
+    """Photos with the words they are segmented with."""
+    if paths:
+        if classes is None:
+            raise ConfigError('no class names; give some, as in --classes "cat, sofa, window"')
+        parse_classes(classes)
+        return [(classes, find_photos(paths))]
+    return [
+        (classes or own, [Photo(path, Path(path.stem))]) for path, own in sample_photos()
+    ]
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    probe = folder / ".pixelclip-probe"
+    write_bytes(probe, b"")
+    probe.unlink()
+
+
+def _results(
+    segmenter: Segmenter, photos: list[Photo], *, scores: bool
+) -> Iterator[tuple[Photo, Segmentation | DataError]]:
+    """Each photo with its segmentation, or with the reason why there is none.
+
+    Photos are read a batch at a time; a batch holds few pixels enough to stay small in memory.
+    """
+    waiting: list[tuple[Photo, Image.Image]] = []
+    for photo in photos:
+        try:
+            image = read_photo(photo.path, segmenter.config.max_pixels)
+        except DataError as error:
+            yield photo, error
+            continue
+        if waiting and sum(i.width * i.height for _, i in [*waiting, (photo, image)]) > BATCH_PIXELS:
+            yield from _run(segmenter, waiting, scores=scores)
+            waiting = []
+        waiting.append((photo, image))
+        if len(waiting) == segmenter.config.batch_size:
+            yield from _run(segmenter, waiting, scores=scores)
+            waiting = []
+    yield from _run(segmenter, waiting, scores=scores)
+
+
+def _run(
+    segmenter: Segmenter, waiting: list[tuple[Photo, Image.Image]], *, scores: bool
+) -> Iterator[tuple[Photo, Segmentation | DataError]]:
+    results = segmenter([image for _, image in waiting], scores=scores)
+    yield from zip([photo for photo, _ in waiting], results, strict=True)
+
+
+def _write(
+    photo: Photo, result: Segmentation, segmenter: Segmenter, output: Output
+) -> dict[str, object]:
+    """Write the files of one photo; the JSON comes last, so that it stands for a whole set."""
+    base = output.folder / photo.stem
+
+    def beside(suffix: str) -> Path:
+        return base.with_name(base.name + suffix)
+
+    write_bytes(beside(".labels.png"), png_bytes(Image.fromarray(result.labels)))
+    if output.overlay:
+        image = read_photo(photo.path, segmenter.config.max_pixels)
+        write_bytes(beside(".overlay.png"), png_bytes(result.overlay(image)))
+    if output.scores and result.scores is not None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, scores=result.scores.astype(np.float16),
+                            classes=np.array(result.classes))  # fmt: skip
+        write_bytes(beside(".scores.npz"), buffer.getvalue())
+    record = describe(photo.path, result, segmenter, masks=output.masks)
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_bytes(beside(".json"), f"{text}\n".encode())
+    return record
+
+
+def describe(
+    path: Path, result: Segmentation, segmenter: Segmenter, *, masks: bool = False
+) -> dict[str, object]:
+    """What the JSON beside a label map says; specified in docs/formats.md."""
+    height, width = result.labels.shape
+    areas = result.areas()
+    record: dict[str, object] = {
+        "photo": str(path),
+        "width": width,
+        "height": height,
+        "classes": list(result.classes),
+        "areas": areas,
+        "no_class_pixels": height * width - sum(area["pixels"] for area in areas),
+        "no_class_label": result.none,
+        "model": segmenter.backbone.card.name,
+        "templates": list(segmenter.templates),
+        "settings": segmenter.config.model_dump(),
+        "version": pixelclip.__version__,
+    }
+    if masks:
+        record["rle"] = result.rles()
+        record["polygons"] = result.polygons()
+    return record
+
+
+def _print(
+    done: list[dict[str, object]], failed: list[dict[str, str]], output: Output
+) -> None:
+    if output.json:
+        summary = {"output": str(output.folder), "photos": done, "failed": failed}
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+    elif not output.quiet:
+        console = Console(highlight=False, markup=False)
+        for record in done[:20]:
+            areas: list[dict[str, object]] = record["areas"]  # type: ignore[assignment]
+            shares = ", ".join(f"{a['name']} {100 * float(a['share']):.0f} %" for a in areas[:6])  # type: ignore[arg-type]
+            console.print(f"{record['photo']}: {shares or 'no class'}", soft_wrap=True)
+        if len(done) > 20:
+            console.print(f"and {len(done) - 20} more")
+        console.print(f"{len(done)} photo(s) -> {output.folder}/ (look at *.overlay.png)")
+    for failure in failed:
+        print(f"pixelclip: failed: {failure['error']}", file=sys.stderr)
