@@ -10,6 +10,7 @@ import open_clip
 import torch
 from open_clip.model import CLIP
 
+from pixelclip.backbones import load_backbone
 from pixelclip.backbones.catalog import open_clip_names, refusal
 
 TARGET = Path(__file__).parent.parent / "src/pixelclip/data/parameters.json"
@@ -17,7 +18,8 @@ TARGET = Path(__file__).parent.parent / "src/pixelclip/data/parameters.json"
 
 def main() -> None:
     """Build each architecture on the meta device and count."""
-    counts = {}
+    mini = load_backbone("mini-base", device="cpu")
+    counts = {"mini": sum(p.numel() for p in mini.parameters())}
     for architecture in sorted({name.partition("/")[0] for name in open_clip_names()}):
         config = open_clip.get_model_config(architecture)
         assert refusal(config) is None

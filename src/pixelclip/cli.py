@@ -4,7 +4,6 @@ import logging
 import sys
 from typing import Annotated
 
-import click
 import typer
 
 from pixelclip import __version__
@@ -13,10 +12,12 @@ from pixelclip.commands.models import models_command
 from pixelclip.commands.segment import segment_command
 from pixelclip.errors import PixelClipError
 
+# Typer carries its own copy of click or uses the installed one, depending on its version.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
 app = typer.Typer(
     name="pixelclip",
     help="Name things in words; every pixel of your photos gets one of those names.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -47,14 +48,20 @@ def main() -> None:
     logging.getLogger("pixelclip").addHandler(handler)
     logging.getLogger("pixelclip").setLevel(logging.INFO)
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except PixelClipError as error:
         code = _fail(str(error))
-    except click.ClickException as error:
-        code = _fail(f"{error.format_message()} (see pixelclip --help)")
-    except (click.Abort, KeyboardInterrupt):
+    except _UsageError as error:
+        code = _fail(f"{_text(error)} (see pixelclip --help)")
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _text(error: Exception) -> str:
+    """Message of a usage error, with the option's name in it."""
+    message = getattr(error, "format_message", error.__str__)()
+    return str(message).removesuffix(".")
 
 
 def _fail(message: str) -> int:

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import logging
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -244,12 +247,16 @@ def strip_authors(state: State, path: Path) -> State:
     return kept
 
 
+class _NotInRepository(ModelError):
+    """The hub was reached, and has no such file."""
+
+
 def _first_of(repo: str, filenames: tuple[str, ...]) -> Path:
     """The first of several files that a hub repository has."""
     for filename in filenames[:-1]:
         try:
             return download(repo, filename)
-        except ModelError:
+        except _NotInRepository:
             continue
     return download(repo, filenames[-1])
 
@@ -261,6 +268,11 @@ def download(repo: str, filename: str) -> Path:
         ModelError: no network, no such repository or file.
     """
     try:
+        cached = try_to_load_from_cache(repo, filename)
+        if isinstance(cached, str):
+            return Path(cached)
+        if not _hub_in_reach():
+            raise LocalEntryNotFoundError("the hub's address cannot be found")
         return Path(hf_hub_download(repo, filename))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelError(
@@ -268,7 +280,24 @@ def download(repo: str, filename: str) -> Path:
             " --checkpoint FILE, or use --model mini, which needs none"
         ) from error
     except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
-        raise ModelError(f"the model hub has no {repo}/{filename}") from error
+        raise _NotInRepository(f"the model hub has no {repo}/{filename}") from error
     except (HfHubHTTPError, OSError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"cannot fetch {repo}/{filename}: {line[:160]}") from error
+
+
+def _hub_in_reach() -> bool:
+    """Whether the hub's name resolves; the hub's client would retry for half a minute.
+
+    Behind a proxy names need not resolve here, so there the client itself finds out.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
