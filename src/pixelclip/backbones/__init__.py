@@ -6,7 +6,7 @@ Adding a family: a module whose visual part is an `nn.Module` with `stride`, `di
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from pixelclip.errors import ConfigError, ModelError
 __all__ = ["BACKBONES", "Backbone", "load_backbone", "save_backbone"]
 
 
+@runtime_checkable
 class Visual(Protocol):
     """What `Backbone.visual` offers beside its forward, which is dense."""
 
@@ -39,6 +40,7 @@ class Visual(Protocol):
         """One embedding per image, not normalised."""
 
 
+@runtime_checkable
 class Text(Protocol):
     """What `Backbone.text` offers."""
 
