@@ -47,6 +47,7 @@ def main() -> None:
     handler.setFormatter(logging.Formatter("pixelclip: %(message)s"))
     logging.getLogger("pixelclip").addHandler(handler)
     logging.getLogger("pixelclip").setLevel(logging.INFO)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its errors come back as ours
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except PixelClipError as error:

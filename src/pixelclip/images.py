@@ -1,6 +1,7 @@
 """Photos in, label maps and overlays out: formats, limits, colours."""
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -90,7 +91,7 @@ def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"no such photo: {path}") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is not a photo in a known format") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's parsers raise anything on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} cannot be read: {reason}") from error
 
@@ -101,8 +102,10 @@ def _open(path: Path) -> Iterator[Image.Image]:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        with Image.open(path) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow can live with, so can we
+            with Image.open(path) as image:
+                yield image
     finally:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, truncated
 
@@ -182,7 +185,7 @@ def read_labels(path: Path) -> Integer[np.ndarray, "H W"]:
             return np.asarray(image).astype(np.int64)
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # Pillow's parsers raise anything on damaged files
         raise DataError(f"cannot read label map {path}: {error}") from error
 
 

@@ -1,0 +1,174 @@
+"""Photos of every kind, broken ones too; label maps and overlays."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixelclip import images
+from pixelclip.errors import DataError
+from tests.tiny import photo
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    source = photo(20, 10)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = source.convert(mode)
+    path = tmp_path / ("a.tif" if mode in {"CMYK", "YCbCr"} else "a.png")
+    image.save(path)
+    read = images.read_photo(path)
+    assert (read.mode, read.size) == ("RGB", (20, 10))
+    if mode == "I;16":
+        grey = np.asarray(source.convert("L"))
+        np.testing.assert_allclose(np.asarray(read)[..., 0], grey, atol=1)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, turn):
+    image = photo(30, 20)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    image.save(tmp_path / "a.png", exif=exif)
+    read = images.read_photo(tmp_path / "a.png")
+    assert read.size == ((20, 30) if turn >= 5 else (30, 20))
+
+
+def test_first_frame_of_an_animation_is_taken(tmp_path):
+    frames = [photo(20, 10, seed).convert("P") for seed in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    expected = np.asarray(frames[0].convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(images.read_photo(tmp_path / "a.gif")), expected)
+
+
+def test_a_huge_photo_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    with pytest.raises(DataError, match=r"20000 x 10000 = 200 megapixels.*--max-pixels 200000000"):
+        images.read_photo(tmp_path / "huge.png")
+    assert images.read_photo(tmp_path / "huge.png", max_pixels=200_000_000).size == (20_000, 10_000)
+
+
+def test_a_truncated_photo_is_an_error(tmp_path):
+    path = tmp_path / "cut.jpg"
+    photo(200, 200).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"cut\.jpg cannot be read"):
+        images.read_photo(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" * 9])
+def test_what_is_no_photo_is_an_error(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.png"):
+        images.read_photo(tmp_path / "a.png")
+
+
+def test_random_damage_never_escapes_as_another_error(tmp_path):
+    draw = np.random.default_rng(0)
+    for suffix in ("jpg", "png", "webp", "gif", "tif", "bmp"):
+        path = tmp_path / f"a.{suffix}"
+        photo(40, 30).save(path)
+        good = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(40):
+            bad = good.copy()
+            bad[draw.integers(0, len(bad), 5)] = draw.integers(0, 256, 5)
+            path.write_bytes(bad.tobytes()[: draw.integers(1, len(bad) + 1)])
+            try:
+                read = images.read_photo(path, max_pixels=1_000_000)
+            except DataError:
+                continue
+            assert read.mode == "RGB"
+
+
+def test_missing_photo_is_named(tmp_path):
+    with pytest.raises(DataError, match="no such photo"):
+        images.read_photo(tmp_path / "none.png")
+
+
+def test_folders_are_searched_with_subfolders_in_order(tmp_path):
+    for name in ("b.png", "a.jpg", "sub/c.png", ".hidden.png", "a.labels.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = images.find_photos([tmp_path])
+    assert [str(p.stem) for p in found] == ["a", "b", "sub/c"]
+
+
+def test_photos_that_share_a_stem_get_one_each(tmp_path):
+    for name in ("x/a.png", "y/a.png", "a.png", "a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    paths = [tmp_path / name for name in ("x/a.png", "y/a.png", "a.png", "a.jpg")]
+    stems = [str(p.stem) for p in images.find_photos(paths)]
+    assert len(set(stems)) == 4
+
+
+def test_the_same_photo_twice_is_one(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert len(images.find_photos([tmp_path / "a.png", tmp_path / "a.png"])) == 1
+
+
+def test_folder_without_photos_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no photos in"):
+        images.find_photos([tmp_path])
+
+
+def test_write_leaves_nothing_half_done(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot write"):
+        images.write_bytes(tmp_path / "file" / "a.png", b"x")
+    images.write_bytes(tmp_path / "deep" / "a.png", b"x")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_label_maps_come_back_as_written(tmp_path, dtype):
+    labels = np.arange(600, dtype=np.int64).reshape(20, 30) % np.iinfo(dtype).max
+    labels = labels.astype(dtype)
+    images.write_bytes(tmp_path / "a.png", images.png_bytes(Image.fromarray(labels)))
+    np.testing.assert_array_equal(images.read_labels(tmp_path / "a.png"), labels)
+
+
+def test_a_palette_label_map_keeps_its_indices(tmp_path):
+    image = Image.fromarray(np.array([[0, 5], [255, 3]], np.uint8), mode="L").convert("P")
+    image.save(tmp_path / "a.png")
+    indices = np.asarray(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(images.read_labels(tmp_path / "a.png"), indices)
+
+
+def test_a_label_map_with_channels_is_refused(tmp_path):
+    photo(5, 5).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="several channels"):
+        images.read_labels(tmp_path / "a.png")
+
+
+def test_colours_stay_apart():
+    colours = images.palette(64).astype(int)
+    distance = np.abs(colours[:, None] - colours[None]).sum(-1)
+    np.fill_diagonal(distance, 999)
+    assert distance.min() > 12
+    early = distance[:12, :12]
+    assert early.min() > 60
+
+
+def test_overlay_keeps_the_photo_where_there_is_no_class():
+    image = photo(60, 40)
+    labels = np.full((40, 60), 255, np.uint8)
+    labels[:20] = 1
+    drawn = np.asarray(images.overlay(image, labels, ["cat", "dog"]))[:40]
+    np.testing.assert_array_equal(drawn[22:], np.asarray(image)[22:])
+    assert (drawn[:19] != np.asarray(image)[:19]).mean() > 0.8
+
+
+def test_overlay_of_a_large_photo_is_drawn_smaller(monkeypatch):
+    monkeypatch.setattr(images, "OVERLAY_PIXELS", 1000)
+    drawn = images.overlay(photo(100, 80), np.zeros((80, 100), np.uint8), ["cat"])
+    assert drawn.width < 50
+
+
+def test_legend_names_only_what_occurs_and_wraps():
+    labels = np.zeros((50, 120), np.uint8)
+    few = images.overlay(photo(120, 50), labels, ["a"] * 1 + [f"word {i}" for i in range(80)])
+    labels[:, :80] = np.arange(80)
+    many = images.overlay(photo(120, 50), labels, ["a"] + [f"word {i}" for i in range(80)])
+    assert many.height > few.height > 50
