@@ -26,7 +26,7 @@ app.command("eval")(eval_command)
 app.command("models")(models_command)
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         print(f"pixelclip {__version__}")
         raise typer.Exit
@@ -35,8 +35,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = None,
 ) -> None:
     """Name things in words; every pixel of your photos gets one of those names."""
 
