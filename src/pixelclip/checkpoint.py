@@ -69,8 +69,11 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: dict[st
     with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
         part = Path(file.name)
     try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, part,
-                  metadata=metadata)
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in state.items()},
+            part,
+            metadata=metadata,
+        )
         part.chmod(0o644)
         part.replace(path)
     finally:
@@ -136,15 +139,14 @@ def read_state(path: Path) -> State:
 
 def _load_pickle(path: Path) -> object:
     """Load a `.pt` or `.pth` file without running anything in it."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                raise ModelError(
-                    f"{path} is a TorchScript archive, which holds code; "
-                    "save its state_dict() or name the model by its tag, as in ViT-B-16/openai"
-                )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)
+        if zipped and _holds_code(path):
+            raise ModelError(
+                f"{path} is a TorchScript archive, which holds code; save its state_dict(), or"
+                " name the model by its tag, as in ViT-B-16/openai"
+            )
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error):
             raise ModelError(
@@ -152,10 +154,17 @@ def _load_pickle(path: Path) -> object:
                 "ask its author for a state dict or a safetensors file"
             ) from error
         raise ModelError(f"{path} is not a weight file, or is damaged") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
         line = str(error).strip().splitlines()
         detail = f": {line[0][:160]}" if line else ""
         raise ModelError(f"{path} is not a weight file, or is damaged{detail}") from error
+
+
+def _holds_code(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
 def _only_tensors(content: object, path: Path) -> State:

@@ -35,7 +35,8 @@ def _version(wanted: bool | None) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = None,
 ) -> None:
     """Name things in words; every pixel of your photos gets one of those names."""

@@ -55,7 +55,9 @@ def make_config(cls: type[Model], **values: object) -> Model:
         ConfigError: a value is not allowed; the message names the field.
     """
     try:
-        return cls.model_validate({key: value for key, value in values.items() if value is not None})
+        return cls.model_validate(
+            {key: value for key, value in values.items() if value is not None}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

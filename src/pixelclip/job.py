@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ from pixelclip.errors import ConfigError, DataError
 from pixelclip.images import Photo, find_photos, png_bytes, read_photo, write_bytes
 from pixelclip.progress import progress_bar
 from pixelclip.samples import sample_photos
-from pixelclip.segmentation import Segmentation
+from pixelclip.segmentation import ClassArea, Segmentation
 from pixelclip.segmenter import Segmenter
 from pixelclip.vocabulary import parse_classes
 
@@ -93,9 +93,7 @@ def _groups(paths: list[Path], classes: str | None) -> list[tuple[str, list[Phot
             raise ConfigError('no class names; give some, as in --classes "cat, sofa, window"')
         parse_classes(classes)
         return [(classes, find_photos(paths))]
-    return [
-        (classes or own, [Photo(path, Path(path.stem))]) for path, own in sample_photos()
-    ]
+    return [(classes or own, [Photo(path, Path(path.stem))]) for path, own in sample_photos()]
 
 
 def _check_writable(folder: Path) -> None:
@@ -119,7 +117,8 @@ def _results(
         except DataError as error:
             yield photo, error
             continue
-        if waiting and sum(i.width * i.height for _, i in [*waiting, (photo, image)]) > BATCH_PIXELS:
+        pixels = sum(other.width * other.height for _, other in waiting)
+        if waiting and pixels + image.width * image.height > BATCH_PIXELS:
             yield from _run(segmenter, waiting, scores=scores)
             waiting = []
         waiting.append((photo, image))
@@ -185,17 +184,15 @@ def describe(
     return record
 
 
-def _print(
-    done: list[dict[str, object]], failed: list[dict[str, str]], output: Output
-) -> None:
+def _print(done: list[dict[str, object]], failed: list[dict[str, str]], output: Output) -> None:
     if output.json:
         summary = {"output": str(output.folder), "photos": done, "failed": failed}
         print(json.dumps(summary, indent=2, ensure_ascii=False))
     elif not output.quiet:
         console = Console(highlight=False, markup=False)
         for record in done[:20]:
-            areas: list[dict[str, object]] = record["areas"]  # type: ignore[assignment]
-            shares = ", ".join(f"{a['name']} {100 * float(a['share']):.0f} %" for a in areas[:6])  # type: ignore[arg-type]
+            areas = cast(list[ClassArea], record["areas"])
+            shares = ", ".join(f"{area['name']} {100 * area['share']:.0f} %" for area in areas[:6])
             console.print(f"{record['photo']}: {shares or 'no class'}", soft_wrap=True)
         if len(done) > 20:
             console.print(f"and {len(done) - 20} more")

@@ -93,7 +93,7 @@ class Segmenter:
         )
 
     @overload
-    def __call__(
+    def __call__(  # type: ignore[overload-overlap]  # a str is a sequence of str, but one path here
         self, photo: PhotoSource, *, confidence: bool = ..., scores: bool = ...
     ) -> Segmentation: ...
 
@@ -325,9 +325,12 @@ class Segmenter:
         """Labels and confidences of the photo rows over one block of grid rows."""
         count, temperature = len(self.classes), self.backbone.temperature
         best, score = upsampled_argmax(block, self.text, rows, columns)
-        norm = torch.stack([
-            (temperature * (block @ part.T)).logsumexp(-1) for part in self.text.split(CLASS_BLOCK)
-        ]).logsumexp(0)
+        norm = torch.stack(
+            [
+                (temperature * (block @ part.T)).logsumexp(-1)
+                for part in self.text.split(CLASS_BLOCK)
+            ]
+        ).logsumexp(0)
         certain = np.exp(temperature * score - upsample_grid(norm, rows, columns))
         np.minimum(certain, 1.0, out=certain)
         none = none_label(count)

@@ -1,11 +1,13 @@
 """Class names to text features: templates, synonyms, ensembling, a cache on disk."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -216,8 +218,9 @@ def class_features(
 
     A cache that cannot be read or written is passed over.
     """
+    text = cast(Text, backbone.text)
     if not cache:
-        return encode_classes(backbone.text, names, templates, fix_article=fix_article)  # type: ignore[arg-type]
+        return encode_classes(text, names, templates, fix_article=fix_article)
     key = json.dumps([weights_hash(backbone.text), list(names), list(templates), fix_article])
     path = cache_dir() / "text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.is_file():
@@ -227,11 +230,9 @@ def class_features(
                 return stored.to(backbone.device)
         except (ModelError, KeyError):
             pass  # a damaged cache file is made again
-    features = encode_classes(backbone.text, names, templates, fix_article=fix_article)  # type: ignore[arg-type]
-    try:
+    features = encode_classes(text, names, templates, fix_article=fix_article)
+    with contextlib.suppress(OSError):
         write_safetensors(path, {"features": features}, {"format": "pt"})
-    except OSError:
-        pass
     return features
 
 

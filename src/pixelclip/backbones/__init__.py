@@ -17,7 +17,6 @@ from pixelclip.checkpoint import (
     State,
     check_fit,
     read_card,
-    read_state,
     write_checkpoint,
 )
 from pixelclip.device import choose_device
@@ -105,11 +104,11 @@ class Backbone(nn.Module):
         Args:
             images: RGB in [0, 1]; normalised and padded inside.
         """
-        return self.visual(images)  # type: ignore[no-any-return]
+        return self.visual(images)
 
     def pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """The model's ordinary image embedding, not normalised."""
-        return self.visual.pooled(images)  # type: ignore[no-any-return, operator]
+        return self.visual.pooled(images)  # type: ignore[operator]
 
 
 def _open_clip(card: ModelCard, attention: str) -> Backbone:
@@ -169,15 +168,14 @@ def load_backbone(
     where = choose_device(device)
     source = sources.resolve(name, weights_wanted=checkpoint is None)
     if attention != "pixelclip" and source.card.family != "vit":
-        raise ConfigError(
-            f"--attention {attention} needs a ViT; {name} is a {source.card.family}"
-        )
+        raise ConfigError(f"--attention {attention} needs a ViT; {name} is a {source.card.family}")
     card = source.card
-    state, origin = (None, None) if checkpoint is not None else (source.read(), source.origin)
-    if checkpoint is not None:
+    if checkpoint is None:
+        state, origin = source.read(), source.origin
+    else:
         path = sources.weight_file(Path(checkpoint))
         card = _checked_card(card, read_card(path), path)
-        state, origin = sources.read_any(path, card), path
+        state, origin = sources.read_any(path, card), str(path)
     backbone = build_backbone(card, attention)
     if state is not None:
         _fill(backbone, state, origin)
@@ -226,8 +224,11 @@ def exported_state(backbone: Backbone) -> State:
 
 
 def save_backbone(backbone: Backbone, path: str | Path) -> Path:
-    """Write a checkpoint that `load_backbone(str(path))` reads: a file, or `model.safetensors`
-    in a folder.
+    """Write a checkpoint that `load_backbone(str(path))` reads.
+
+    Args:
+        backbone: its weights and card are stored.
+        path: a file that ends in .safetensors, or a folder for `model.safetensors`.
 
     Raises:
         ModelError: the file cannot be written.

@@ -124,17 +124,19 @@ def make_card(
     assert isinstance(vision, dict)
     convnext = "timm_model_name" in vision
     architecture = {key: value for key, value in config.items() if key != "quick_gelu"}
-    return ModelCard.model_validate({
-        "name": name,
-        "family": "convnext" if convnext else "vit",
-        "config": architecture,
-        "activation": activation,
-        "mean": pixels.get("mean") or CLIP_MEAN,
-        "std": pixels.get("std") or CLIP_STD,
-        "short_side": 640 if convnext else 336,
-        "square": 640 if convnext else 320,
-        "licence": licence(name),
-    })
+    return ModelCard.model_validate(
+        {
+            "name": name,
+            "family": "convnext" if convnext else "vit",
+            "config": architecture,
+            "activation": activation,
+            "mean": pixels.get("mean") or CLIP_MEAN,
+            "std": pixels.get("std") or CLIP_STD,
+            "short_side": 640 if convnext else 336,
+            "square": 640 if convnext else 320,
+            "licence": licence(name),
+        }
+    )
 
 
 def licence(name: str) -> str:

@@ -15,6 +15,8 @@ class DenseConvNeXt(nn.Module):
     """
 
     stride = 32
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -37,13 +39,13 @@ class DenseConvNeXt(nn.Module):
             images: RGB in [0, 1], of any height and width.
         """
         maps = self.tower.trunk.head.norm(self.trunk_features(images))  # [B, C, h, w]
-        return self.tower.head(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+        return self.tower.head(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def trunk_features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """Output of the trunk before its last norm."""
         pixels = normalise_and_pad(images, self.mean, self.std, self.stride)
-        return self.tower.trunk.forward_features(pixels)  # type: ignore[no-any-return]
+        return self.tower.trunk.forward_features(pixels)
 
     def pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Ordinary CLIP image embedding (average pooling, norm, projection), not normalised."""
-        return self.tower.head(self.tower.trunk.forward_head(self.trunk_features(images)))  # type: ignore[no-any-return]
+        return self.tower.head(self.tower.trunk.forward_head(self.trunk_features(images)))

@@ -19,7 +19,7 @@ def build(card: ModelCard, attention: str) -> Backbone:
         ModelError: the configuration of the card cannot be built.
     """
     try:
-        clip = CLIP(**card.config, quick_gelu=card.activation == "quickgelu")  # type: ignore[arg-type]
+        clip = CLIP(**card.config, quick_gelu=card.activation == "quickgelu")
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ModelError(f"cannot build {card.name}: {error}") from error
     tower = clip.visual

@@ -123,9 +123,7 @@ def _from_hub(name: str) -> Source:
     """`hf-hub:org/repo`: an open_clip model in a hub repository."""
     repo = name.removeprefix("hf-hub:")
     config = read_json(download(repo, "open_clip_config.json"))
-    return Source(
-        _config_card(name, config), lambda: read_state(_first_of(repo, HUB_FILES)), name
-    )
+    return Source(_config_card(name, config), lambda: read_state(_first_of(repo, HUB_FILES)), name)
 
 
 def _config_card(name: str, config: dict[str, object]) -> ModelCard:

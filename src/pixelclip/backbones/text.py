@@ -18,6 +18,8 @@ class ClipText(nn.Module):
     its longest text is exact (speed.md ii). Parameter names are those of `open_clip.CLIP`.
     """
 
+    attn_mask: Tensor
+
     def __init__(self, clip: CLIP):
         super().__init__()
         self.dim = int(clip.text_projection.shape[1])
@@ -47,7 +49,7 @@ class ClipText(nn.Module):
 
     def embed(self, tokens: Int[Tensor, "N L"]) -> Float[Tensor, "N L E"]:
         """Token embeddings, without positions."""
-        return self.token_embedding(tokens)  # type: ignore[no-any-return]  # nn.Module is untyped
+        return self.token_embedding(tokens)
 
     def forward(
         self, tokens: Int[Tensor, "N L"], embeddings: Float[Tensor, "N L E"] | None = None
@@ -66,7 +68,7 @@ class ClipText(nn.Module):
         hidden = self.transformer(hidden, attn_mask=self.attn_mask[:length, :length])
         ends = tokens.argmax(dim=1)
         hidden = hidden[torch.arange(len(tokens), device=tokens.device), ends]  # [N, E]
-        return self.ln_final(hidden) @ self.text_projection  # type: ignore[no-any-return]
+        return self.ln_final(hidden) @ self.text_projection
 
 
 def half_precision(text: ClipText) -> ClipText:

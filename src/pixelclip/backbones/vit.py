@@ -20,6 +20,9 @@ class DenseViT(nn.Module):
     `attention` selects what happens in the last block: see `LAST_BLOCKS`.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         tower: VisionTransformer,
@@ -105,7 +108,7 @@ def _self_similarity(rows: Tensor) -> Tensor:
 def _attend(block: ResidualAttentionBlock, weights: Tensor, values: Tensor) -> Tensor:
     """Weighted values of all heads through the output projection, class token dropped."""
     mixed = (weights[:, :, 1:] @ values).transpose(1, 2).flatten(2)
-    return block.ls_1(block.attn.out_proj(mixed))  # type: ignore[no-any-return]
+    return block.ls_1(block.attn.out_proj(mixed))
 
 
 def _values(block: ResidualAttentionBlock, tokens: Tensor) -> Tensor:
@@ -113,11 +116,11 @@ def _values(block: ResidualAttentionBlock, tokens: Tensor) -> Tensor:
     width = tokens.shape[-1]
     weight, bias = block.attn.in_proj_weight[2 * width :], block.attn.in_proj_bias[2 * width :]
     values = F.linear(block.ln_1(tokens[:, 1:]), weight, bias)
-    return block.ls_1(block.attn.out_proj(values))  # type: ignore[no-any-return]
+    return block.ls_1(block.attn.out_proj(values))
 
 
 def _with_mlp(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
-    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))  # type: ignore[no-any-return]
+    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
 
 
 def pixelclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
@@ -127,7 +130,7 @@ def pixelclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -
 
 def plain_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
     """The block as CLIP has it, all patch tokens kept."""
-    return block(tokens)[:, 1:]  # type: ignore[no-any-return]
+    return block(tokens)[:, 1:]
 
 
 def maskclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:

@@ -20,8 +20,10 @@ from pixelclip.commands.options import (
 def eval_command(
     data: Annotated[
         Path,
-        typer.Option(help="Folder with images/, labels/ (PNG indices, 255 = not labelled) and"
-                     " classes.txt.", show_default=False),
+        typer.Option(
+            help="Folder with images/, labels/ (PNG indices, 255 = not labelled) and classes.txt.",
+            show_default=False,
+        ),
     ],
     model: Model = "mini",
     checkpoint: Checkpoint = None,

@@ -21,20 +21,27 @@ from pixelclip.commands.options import (
 def segment_command(
     photos: Annotated[
         list[Path] | None,
-        typer.Argument(help="Photos, or folders of photos; none: the sample photos.",
-                       show_default=False),
+        typer.Argument(
+            help="Photos, or folders of photos; none: the sample photos.", show_default=False
+        ),
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option("--classes", "-c", show_default=False, help=(
-            'Names: "cat, sofa, window"; with synonyms "cat; sofa, couch"; a file with one per'
-            " line; or a built-in list such as coco-stuff-171.")),
+        typer.Option(
+            "--classes",
+            "-c",
+            show_default=False,
+            help=(
+                'Names: "cat, sofa, window"; with synonyms "cat; sofa, couch"; a file with one per'
+                " line; or a built-in list such as coco-stuff-171."
+            ),
+        ),
     ] = None,
     model: Model = "mini",
     checkpoint: Checkpoint = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the results.")
-    ] = Path("pixelclip-out"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "pixelclip-out"
+    ),
     templates: Templates = None,
     preset: Annotated[
         str, typer.Option(help="default (keeps the photo's shape) or authors (their protocol).")
@@ -42,13 +49,16 @@ def segment_command(
     short_side: ShortSide = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Larger network inputs are cut into windows of so many pixels.",
-                     show_default="768"),
+        typer.Option(
+            help="Larger network inputs are cut into windows of so many pixels.", show_default="768"
+        ),
     ] = None,
     background: Annotated[
         str,
-        typer.Option(help="none; threshold (unsure pixels get no class); names (pixels of"
-                     " --background-names get no class)."),
+        typer.Option(
+            help="none; threshold (unsure pixels get no class); names (pixels of"
+            " --background-names get no class)."
+        ),
     ] = "none",
     threshold: Annotated[
         float | None,

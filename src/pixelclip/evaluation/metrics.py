@@ -31,7 +31,7 @@ def iou_per_class(matrix: Int[np.ndarray, "K K1"]) -> Float[np.ndarray, " K"]:
 
 
 def mean_iou(matrix: Int[np.ndarray, "K K1"]) -> float:
-    """mIoU in [0, 1] over the classes that occur in the truth (behaviour.md 18a)."""
+    """Mean IoU in [0, 1] over the classes that occur in the truth (behaviour.md 18a)."""
     return float(np.nanmean(iou_per_class(matrix))) if matrix.any() else float("nan")
 
 
