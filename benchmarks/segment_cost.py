@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from pixelclip import segmenter
 from pixelclip.backbones import Backbone, build_backbone, catalog
 from pixelclip.backbones.vit import DenseViT
 from pixelclip.config import SegmentConfig
+from pixelclip.plan import authors_size
 from pixelclip.segmenter import Segmenter
 from pixelclip.upsample import candidates
 from pixelclip.vocabulary import class_lists
@@ -48,6 +50,45 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Labeller = Callable[[Image.Image], np.ndarray]
 
 
+@dataclass
+class Spread:
+    """Median and range of some runs."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        """Of these values."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass
+class Cost:
+    """What one of the two took: seconds, share outside the encoder, bytes above the model."""
+
+    encoder: Spread
+    outside: Spread
+    total: Spread
+    share: Spread
+    peak_bytes: int = 0
+
+
+@dataclass
+class Result:
+    """Both on one photo; candidates are the classes that can win in a cell of the grid."""
+
+    height: int
+    width: int
+    classes_present: int
+    candidates_per_cell: float
+    candidates_most: int
+    agreement: float
+    ratio: Spread
+    costs: dict[str, Cost]
+
+
 class Timing(NamedTuple):
     """Seconds of one call, and those of the encoder in it."""
 
@@ -55,12 +96,12 @@ class Timing(NamedTuple):
     encoder: float
 
 
+@dataclass
 class Stopwatch:
     """Sums the seconds spent in the functions it wraps."""
 
-    def __init__(self, clock: Callable[[], float]):
-        self.clock = clock
-        self.seconds = 0.0
+    clock: Callable[[], float]
+    seconds: float = 0.0
 
     def wrap(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The same function, timed."""
@@ -78,10 +119,11 @@ class AuthorsInference:
     """The authors' inference on one photo, wasted projections of the last block included."""
 
     def __init__(self, backbone: Backbone, text: Tensor):
-        tower = backbone.visual.tower
+        """Share the weights of a backbone."""
+        given = cast(DenseViT, backbone.visual)
         # Pixels are normalised before they are resized, so the tower gets them as they are.
-        self.visual = DenseViT(tower, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        self.mean, self.std = backbone.visual.mean * 255, backbone.visual.std * 255
+        self.visual = DenseViT(given.tower, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        self.mean, self.std = given.mean * 255, given.std * 255
         self.text = text
         self.encode: Callable[..., Tensor] = self._encode
 
@@ -127,6 +169,14 @@ def make_photo(height: int, width: int) -> Image.Image:
     return canvas
 
 
+def network_input(photo: Image.Image) -> Tensor:
+    """The photo as both give it to the encoder, before normalising."""
+    size = authors_size(photo.width, photo.height)
+    return segmenter.squash(
+        segmenter.to_pixels(photo.resize(size, Image.Resampling.BILINEAR)), SIDE
+    )
+
+
 def make_backbone() -> Backbone:
     """ViT-B/16 CLIP with seeded random weights."""
     torch.manual_seed(0)
@@ -140,7 +190,7 @@ def make_text(backbone: Backbone, photo: Image.Image) -> Tensor:
     Features of a random ViT are nearly parallel (cosine 0.96), so their mean is taken off; each
     class is the feature of one patch of the photo plus noise.
     """
-    pixels = segmenter.authors_input(photo, SIDE)
+    pixels = network_input(photo)
     patches = F.normalize(backbone.dense(pixels[None])[0].flatten(1).T, dim=1)
     patches = F.normalize(patches - patches.mean(dim=0), dim=1)  # [hw, D]
     generator = torch.Generator().manual_seed(1)
@@ -165,16 +215,21 @@ def timed(label: Labeller, photo: Image.Image, watch: Stopwatch) -> Timing:
     return Timing(watch.clock() - start, watch.seconds)
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def cost(rows: list[Timing]) -> Cost:
+    """Spread over the runs."""
+    return Cost(
+        encoder=Spread.of([row.encoder for row in rows]),
+        outside=Spread.of([row.total - row.encoder for row in rows]),
+        total=Spread.of([row.total for row in rows]),
+        share=Spread.of([1 - row.encoder / row.total for row in rows]),
+    )
 
 
-def measure(photo: Image.Image, text: Tensor, runs: int, clock: str) -> dict[str, object]:
+def measure(photo: Image.Image, text: Tensor, runs: int, clock: str) -> Result:
     """Times of both on one photo, interleaved after one warm-up, and how far they agree."""
     backbone = make_backbone()
     ours, theirs = make_segmenter(backbone, text), AuthorsInference(backbone, text)
-    pixels = segmenter.authors_input(photo, SIDE)
+    pixels = network_input(photo)
     grid = ours.features([pixels])[0]
     per_cell = np.bincount(candidates(grid, text)[0], minlength=GRID * GRID)
     watch = Stopwatch(CLOCKS[clock])
@@ -186,22 +241,17 @@ def measure(photo: Image.Image, text: Tensor, runs: int, clock: str) -> dict[str
     for _ in range(runs):
         for name, call in callers.items():
             timings[name].append(timed(call, photo, watch))
-    result: dict[str, object] = {
-        "size": [photo.height, photo.width],
-        "classes_present": len(np.unique(labels["theirs"])),
-        "candidates_per_cell": float(per_cell.mean()),
-        "candidates_most": int(per_cell.max()),
-        "agreement": float((labels["ours"] == labels["theirs"]).mean()),
-        "ratio": spread([b.total / a.total for a, b in zip(*timings.values(), strict=True)]),
-    }
-    for name, rows in timings.items():
-        result[name] = {
-            "encoder": spread([row.encoder for row in rows]),
-            "total": spread([row.total for row in rows]),
-            "outside": spread([row.total - row.encoder for row in rows]),
-            "share": spread([1 - row.encoder / row.total for row in rows]),
-        }
-    return result
+    pairs = zip(timings["ours"], timings["theirs"], strict=True)
+    return Result(
+        height=photo.height,
+        width=photo.width,
+        classes_present=len(np.unique(labels["theirs"])),
+        candidates_per_cell=float(per_cell.mean()),
+        candidates_most=int(per_cell.max()),
+        agreement=float((labels["ours"] == labels["theirs"]).mean()),
+        ratio=Spread.of([theirs.total / ours.total for ours, theirs in pairs]),
+        costs={name: cost(rows) for name, rows in timings.items()},
+    )
 
 
 def status_bytes(field: str) -> int:
@@ -238,32 +288,31 @@ def memory_in_child(name: str, size: tuple[int, int], text: Tensor, threads: int
     return int(answer.split()[-1])
 
 
-def table(results: list[dict]) -> str:
+def seconds(times: Spread) -> str:
+    """Median and range for a cell of the table."""
+    return f"{times.median:.3f} ({times.min:.3f}-{times.max:.3f})"
+
+
+def table(results: list[Result]) -> str:
     """The results as Markdown; times are medians with their range."""
     lines = [
         "| photo | which | encoder s | outside s | total s | outside % | peak MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results:
-        for name in ("ours", "theirs"):
-            one = row[name]
-            times = [
-                f"{one[key]['median']:.3f} ({one[key]['min']:.3f}-{one[key]['max']:.3f})"
-                for key in ("encoder", "outside", "total")
-            ]
-            share, height, width = one["share"], *row["size"]
+        for name, one in row.costs.items():
+            times = " | ".join(map(seconds, (one.encoder, one.outside, one.total)))
+            share = f"{one.share.median:.1%} ({one.share.min:.1%}-{one.share.max:.1%})"
             lines.append(
-                f"| {height} x {width} | {name} | {' | '.join(times)} | {share['median']:.1%}"
-                f" ({share['min']:.1%}-{share['max']:.1%}) | {one['peak_bytes'] / 1e6:.0f} |"
+                f"| {row.height} x {row.width} | {name} | {times} | {share}"
+                f" | {one.peak_bytes / 1e6:.0f} |"
             )
-    lines.append("")
     for row in results:
-        ratio = row["ratio"]
         lines.append(
-            f"{row['size'][0]} x {row['size'][1]}: ours {ratio['median']:.2f} times as fast"
-            f" ({ratio['min']:.2f}-{ratio['max']:.2f}); equal labels {row['agreement']:.5%};"
-            f" {row['classes_present']} classes present; {row['candidates_per_cell']:.1f}"
-            f" candidates per cell, at most {row['candidates_most']}."
+            f"\n{row.height} x {row.width}: ours {row.ratio.median:.2f} times as fast"
+            f" ({row.ratio.min:.2f}-{row.ratio.max:.2f}); equal labels {row.agreement:.5%};"
+            f" {row.classes_present} classes present; {row.candidates_per_cell:.1f}"
+            f" candidates per cell, at most {row.candidates_most}."
         )
     return "\n".join(lines)
 
@@ -287,8 +336,8 @@ def main() -> None:
         photo = make_photo(*size)
         text = make_text(make_backbone(), photo)
         result = measure(photo, text, args.runs, args.clock)
-        for name in ("ours", "theirs"):
-            result[name]["peak_bytes"] = memory_in_child(name, size, text, args.threads)
+        for name, one in result.costs.items():
+            one.peak_bytes = memory_in_child(name, size, text, args.threads)
         results.append(result)
     setting = {"torch": torch.__version__, "python": platform.python_version(),
                "threads": args.threads, "clock": args.clock, "runs": args.runs,
@@ -296,7 +345,8 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in setting.items()), end="\n\n")
     print(table(results))
     if args.json:
-        args.json.write_text(json.dumps({"setting": setting, "results": results}, indent=1))
+        content = {"setting": setting, "results": [asdict(result) for result in results]}
+        args.json.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from PIL import Image
 
 from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.segmenter import Segmenter, window_starts
+from pixelclip.plan import window_starts
+from pixelclip.segmenter import Segmenter
 from tests.tiny import photo, tiny_vit
 
 WORDS = ("cat", "sofa, couch", "window", "red bicycle", "tree", "road", "sky", "person", "cup")
@@ -141,7 +142,7 @@ def test_windowed_features_are_tapered_means_of_the_windows(backbone):
                     near_x = min(x + 1, features.shape[1] - x)
                     total[row + y, column + x] += features[y, x] * near_y * near_x
                     weight[row + y, column + x] += near_y * near_x
-    bands = torch.cat(list(segmenter._bands(image, plan)))
+    bands = torch.cat(list(segmenter._bands(segmenter.prepare(image))))
     torch.testing.assert_close(bands, total / weight, atol=1e-5, rtol=0)
 
 

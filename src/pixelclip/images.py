@@ -211,15 +211,15 @@ def overlay(
 ) -> Image.Image:
     """The photo with every class in its colour, outlines, and a legend of the classes in it.
 
-    Pixels of no class keep the photo's colours. Photos above 16 megapixels are drawn smaller.
+    Pixels of no class keep the photo's colours. A photo above 16 megapixels is drawn smaller; a
+    photo that was shrunk already gets its labels shrunk alike.
     """
+    photo = for_overlay(photo)
     height, width = labels.shape
-    scale = min(1.0, (OVERLAY_PIXELS / (height * width)) ** 0.5)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if size != (width, height):
-        rows = (np.arange(size[1]) * height) // size[1]
-        columns = (np.arange(size[0]) * width) // size[0]
-        photo, labels = photo.resize(size, Image.Resampling.BILINEAR), labels[np.ix_(rows, columns)]
+    if photo.size != (width, height):
+        rows = (np.arange(photo.height) * height) // photo.height
+        columns = (np.arange(photo.width) * width) // photo.width
+        labels = labels[np.ix_(rows, columns)]
     pixels = np.asarray(photo.convert("RGB"), dtype=np.float32)
     known = labels < len(classes)
     colours = palette(len(classes))[np.where(known, labels, 0)]
@@ -233,6 +233,15 @@ def overlay(
     present = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
     drawn = Image.fromarray(mixed.round().astype(np.uint8))
     return with_legend(drawn, [(classes[index], index) for index in present], len(classes))
+
+
+def for_overlay(photo: Image.Image) -> Image.Image:
+    """The photo, or above 16 megapixels a smaller copy, as overlays are drawn on."""
+    scale = (OVERLAY_PIXELS / (photo.width * photo.height)) ** 0.5
+    if scale >= 1:
+        return photo
+    size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+    return photo.resize(size, Image.Resampling.BILINEAR)
 
 
 def with_legend(image: Image.Image, entries: list[tuple[str, int]], count: int) -> Image.Image:

@@ -15,14 +15,12 @@ import pixelclip
 from pixelclip.backbones import load_backbone
 from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.images import Photo, find_photos, png_bytes, read_photo, write_bytes
+from pixelclip.images import Photo, find_photos, for_overlay, png_bytes, read_photo, write_bytes
 from pixelclip.progress import progress_bar
 from pixelclip.samples import sample_photos
 from pixelclip.segmentation import ClassArea, Segmentation
-from pixelclip.segmenter import Segmenter
+from pixelclip.segmenter import Prepared, Segmenter
 from pixelclip.vocabulary import parse_classes
-
-BATCH_PIXELS = 64_000_000
 
 
 class Output(NamedTuple):
@@ -73,9 +71,9 @@ def segment_photos(
         task = bar.add_task("segmenting", total=sum(len(photos) for _, photos in groups))
         for names, photos in groups:
             segmenter = Segmenter(backbone, parse_classes(names), config=config)
-            for photo, result in _results(segmenter, photos, scores=output.scores):
-                if isinstance(result, Segmentation):
-                    done.append(_write(photo, result, segmenter, output))
+            for photo, result, picture in _results(segmenter, photos, scores=output.scores):
+                if isinstance(result, Segmentation) and picture is not None:
+                    done.append(_write(photo, result, picture, segmenter, output))
                 else:
                     failed.append({"photo": str(photo.path), "error": str(result)})
                 bar.advance(task)
@@ -103,25 +101,30 @@ def _check_writable(folder: Path) -> None:
     probe.unlink()
 
 
+class _Waiting(NamedTuple):
+    """A photo that was read: what the network gets, and what the overlay is drawn on."""
+
+    photo: Photo
+    prepared: Prepared
+    picture: Image.Image
+
+
 def _results(
     segmenter: Segmenter, photos: list[Photo], *, scores: bool
-) -> Iterator[tuple[Photo, Segmentation | DataError]]:
-    """Each photo with its segmentation, or with the reason why there is none.
+) -> Iterator[tuple[Photo, Segmentation | DataError, Image.Image | None]]:
+    """Each photo with its segmentation, or with the reason why there is none, and its picture.
 
-    Photos are read a batch at a time; a batch holds few pixels enough to stay small in memory.
+    A photo is let go as soon as it is resized, so a batch of large ones stays small in memory.
     """
-    waiting: list[tuple[Photo, Image.Image]] = []
+    waiting: list[_Waiting] = []
     for photo in photos:
         try:
             image = read_photo(photo.path, segmenter.config.max_pixels)
         except DataError as error:
-            yield photo, error
+            yield photo, error, None
             continue
-        pixels = sum(other.width * other.height for _, other in waiting)
-        if waiting and pixels + image.width * image.height > BATCH_PIXELS:
-            yield from _run(segmenter, waiting, scores=scores)
-            waiting = []
-        waiting.append((photo, image))
+        waiting.append(_Waiting(photo, segmenter.prepare(image), for_overlay(image)))
+        del image
         if len(waiting) == segmenter.config.batch_size:
             yield from _run(segmenter, waiting, scores=scores)
             waiting = []
@@ -129,14 +132,19 @@ def _results(
 
 
 def _run(
-    segmenter: Segmenter, waiting: list[tuple[Photo, Image.Image]], *, scores: bool
-) -> Iterator[tuple[Photo, Segmentation | DataError]]:
-    results = segmenter([image for _, image in waiting], scores=scores)
-    yield from zip([photo for photo, _ in waiting], results, strict=True)
+    segmenter: Segmenter, waiting: list[_Waiting], *, scores: bool
+) -> Iterator[tuple[Photo, Segmentation, Image.Image]]:
+    results = segmenter.run([item.prepared for item in waiting], scores=scores)
+    for item, result in zip(waiting, results, strict=True):
+        yield item.photo, result, item.picture
 
 
 def _write(
-    photo: Photo, result: Segmentation, segmenter: Segmenter, output: Output
+    photo: Photo,
+    result: Segmentation,
+    picture: Image.Image,
+    segmenter: Segmenter,
+    output: Output,
 ) -> dict[str, object]:
     """Write the files of one photo; the JSON comes last, so that it stands for a whole set."""
     base = output.folder / photo.stem
@@ -146,8 +154,7 @@ def _write(
 
     write_bytes(beside(".labels.png"), png_bytes(Image.fromarray(result.labels)))
     if output.overlay:
-        image = read_photo(photo.path, segmenter.config.max_pixels)
-        write_bytes(beside(".overlay.png"), png_bytes(result.overlay(image)))
+        write_bytes(beside(".overlay.png"), png_bytes(result.overlay(picture)))
     if output.scores and result.scores is not None:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, scores=result.scores.astype(np.float16),

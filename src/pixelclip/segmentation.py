@@ -53,7 +53,10 @@ class Segmentation:
 
     def areas(self) -> list[ClassArea]:
         """The classes that occur, largest first; pixels without a class are not in it."""
-        counts = np.bincount(self.labels.ravel(), minlength=self.none + 1)[: len(self.classes)]
+        counts = np.zeros(self.none + 1, dtype=np.int64)
+        for rows in np.array_split(self.labels, -(-self.labels.size // 4_000_000)):
+            counts += np.bincount(rows.ravel(), minlength=len(counts))  # 8 bytes per pixel
+        counts = counts[: len(self.classes)]
         order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
         return [
             ClassArea(

@@ -20,35 +20,32 @@ from pixelclip.config import SegmentConfig
 from pixelclip.device import autocast
 from pixelclip.errors import ConfigError
 from pixelclip.images import as_photo
+from pixelclip.plan import AUTHORS_GRID, Plan, authors_size, make_axes, make_plan, taper
 from pixelclip.segmentation import Segmentation, none_label
-from pixelclip.upsample import CLASS_BLOCK, Axis, axis, upsample_grid, upsampled_argmax
+from pixelclip.upsample import CLASS_BLOCK, Axis, upsample_grid, upsampled_argmax
 from pixelclip.vocabulary import check_classes, class_features, parse_templates
 
 PhotoSource = str | Path | Image.Image | np.ndarray
 
-AUTHORS_SHORT_SIDE, AUTHORS_LONG_SIDE = 640, 2560
-AUTHORS_GRID = 64
 PIXELS_PER_BLOCK = 4_000_000
 VALUES_PER_BLOCK = 16_000_000
 MAX_SCORE_BYTES = 4 * 2**30
 
 
-class Plan(NamedTuple):
-    """How one photo goes through the network.
+class Prepared(NamedTuple):
+    """A photo at the size of its network input, so that the photo itself need not be kept.
 
     Attributes:
-        height: of the network input, in pixels.
-        width: of the network input.
-        rows: first grid row of every window.
-        columns: first grid column of every window.
-        window: grid cells of a window, down and across.
+        image: RGB at the network's size (authors' preset: short side 640).
+        plan: how it goes through the network.
+        height: of the photo, hence of its labels.
+        width: of the photo.
     """
 
+    image: Image.Image
+    plan: Plan
     height: int
     width: int
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    window: tuple[int, int]
 
 
 class Segmenter:
@@ -121,55 +118,58 @@ class Segmenter:
             ConfigError: score maps were asked for that would not fit in 4 GiB.
         """
         if isinstance(photo, str | Path | Image.Image | np.ndarray):
-            return self._many([photo], confidence=confidence, scores=scores)[0]
+            return self.run([self.prepare(photo)], confidence=confidence, scores=scores)[0]
         size = self.config.batch_size
         return [
             result
             for start in range(0, len(photo), size)
-            for result in self._many(
-                photo[start : start + size], confidence=confidence, scores=scores
+            for result in self.run(
+                [self.prepare(source) for source in photo[start : start + size]],
+                confidence=confidence,
+                scores=scores,
             )
         ]
 
-    def _many(
-        self, sources: Sequence[PhotoSource], *, confidence: bool, scores: bool
+    def prepare(self, source: PhotoSource) -> Prepared:
+        """Read a photo and resize it for the network.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        photo = as_photo(source, self.config.max_pixels)
+        plan = self.plan(photo.width, photo.height)
+        size = (plan.width, plan.height)
+        if self.config.preset == "authors":
+            size = authors_size(photo.width, photo.height)
+        image = photo if photo.size == size else photo.resize(size, Image.Resampling.BILINEAR)
+        return Prepared(image, plan, photo.height, photo.width)
+
+    def run(
+        self, photos: Sequence[Prepared], *, confidence: bool = False, scores: bool = False
     ) -> list[Segmentation]:
-        """Segment a batch: photos with equal network input run together."""
-        photos = [as_photo(source, self.config.max_pixels) for source in sources]
-        plans = [self.plan(photo.width, photo.height) for photo in photos]
+        """Segment prepared photos; those with equal network input share forward passes."""
         results: dict[int, Segmentation] = {}
-        for plan in dict.fromkeys(plans):
-            members = [index for index, other in enumerate(plans) if other == plan]
+        for plan in dict.fromkeys(photo.plan for photo in photos):
+            members = [index for index, photo in enumerate(photos) if photo.plan == plan]
             if len(plan.rows) * len(plan.columns) > 1:
-                bands = [self._bands(photos[index], plan) for index in members]
+                bands = [self._bands(photos[index]) for index in members]
             else:
-                whole = self.features([self._pixels(photos[index], plan) for index in members])
+                whole = self.features([self._pixels(photos[index]) for index in members])
                 bands = [iter([features]) for features in whole]
             for index, rows in zip(members, bands, strict=True):
-                size = (photos[index].height, photos[index].width)
-                results[index] = self._label(rows, plan, size, confidence=confidence, scores=scores)
+                results[index] = self._label(
+                    rows, photos[index], confidence=confidence, scores=scores
+                )
         return [results[index] for index in range(len(photos))]
 
     def plan(self, width: int, height: int) -> Plan:
         """Network input and windows for a photo of that size."""
-        config, stride = self.config, self.backbone.stride
-        if config.preset == "authors":
-            side = config.short_side or self.backbone.card.square
-            return Plan(side, side, (0,), (0,), (AUTHORS_GRID, AUTHORS_GRID))
-        short_side = config.short_side or self.backbone.card.short_side
-        scale = max(short_side / min(width, height), 1 / config.max_downscale)
-        if config.short_side:
-            scale = short_side / min(width, height)
-        net_height, net_width = max(1, round(height * scale)), max(1, round(width * scale))
-        rows, window_height = window_starts(-(-net_height // stride), config, stride)
-        columns, window_width = window_starts(-(-net_width // stride), config, stride)
-        return Plan(net_height, net_width, rows, columns, (window_height, window_width))
+        return make_plan(self.config, self.backbone.card, self.backbone.stride, width, height)
 
-    def _pixels(self, photo: Image.Image, plan: Plan) -> Float[Tensor, "3 H W"]:
+    def _pixels(self, photo: Prepared) -> Float[Tensor, "3 H W"]:
         """The whole photo as network input, RGB in [0, 1]."""
-        if self.config.preset == "authors":
-            return authors_input(photo, plan.height)
-        return to_pixels(photo.resize((plan.width, plan.height), Image.Resampling.BILINEAR))
+        pixels = to_pixels(photo.image)
+        return squash(pixels, photo.plan.height) if self.config.preset == "authors" else pixels
 
     @torch.inference_mode()
     def features(self, images: Sequence[Float[Tensor, "3 H W"]]) -> Float[Tensor, "B h w D"]:
@@ -190,12 +190,13 @@ class Segmenter:
             parts.append(F.normalize(features, dim=1).permute(0, 2, 3, 1))
         return torch.cat(parts)
 
-    def _bands(self, photo: Image.Image, plan: Plan) -> Iterator[Float[Tensor, "r w D"]]:
+    def _bands(self, photo: Prepared) -> Iterator[Float[Tensor, "r w D"]]:
         """Grid rows of a photo in windows, top to bottom, as soon as they are final.
 
         Where windows overlap, their unit-norm features are averaged with weights that fall
         towards the window's border; so the cosines are averaged too.
         """
+        plan = photo.plan
         grid_width = -(-plan.width // self.backbone.stride)
         window_height = plan.window[0]
         device = self.backbone.device
@@ -209,30 +210,27 @@ class Segmenter:
                 total = torch.cat([total[done:], torch.zeros_like(total[:done])])
                 weight = torch.cat([weight[done:], torch.zeros_like(weight[:done])])
                 top = row
-            for column, features in self._window_row(photo, plan, row):
+            for column, features in self._window_row(photo, row):
                 height, width = features.shape[:2]
-                taper = torch.outer(_taper(height), _taper(width))[..., None].to(device)
+                weights = torch.outer(taper(height), taper(width))[..., None].to(device)
                 where = (slice(0, height), slice(column, column + width))
-                total[where] += features * taper
-                weight[where] += taper
+                total[where] += features * weights
+                weight[where] += weights
         yield total / weight
 
     def _window_row(
-        self, photo: Image.Image, plan: Plan, row: int
+        self, photo: Prepared, row: int
     ) -> Iterator[tuple[int, Float[Tensor, "h w D"]]]:
         """First grid column and features of the windows that begin at one grid row."""
-        stride = self.backbone.stride
-        scale_x, scale_y = photo.width / plan.width, photo.height / plan.height
-        top, bottom = row * stride, min((row + plan.window[0]) * stride, plan.height)
+        plan, stride = photo.plan, self.backbone.stride
+        bottom = min((row + plan.window[0]) * stride, plan.height)
         waiting: list[tuple[int, Tensor]] = []
         for column in plan.columns:
-            left = column * stride
             right = min((column + plan.window[1]) * stride, plan.width)
-            box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-            size = (right - left, bottom - top)
-            pixels = to_pixels(photo.resize(size, Image.Resampling.BILINEAR, box=box))
-            if waiting and (waiting[0][1].shape != pixels.shape
-                            or len(waiting) == self.config.batch_size):  # fmt: skip
+            box = (column * stride, row * stride, right, bottom)
+            pixels = to_pixels(photo.image.crop(box))
+            full = len(waiting) == self.config.batch_size
+            if waiting and (full or waiting[0][1].shape != pixels.shape):
                 yield from self._run_windows(waiting)
                 waiting = []
             waiting.append((column, pixels))
@@ -246,14 +244,15 @@ class Segmenter:
     def _label(
         self,
         bands: Iterator[Float[Tensor, "r w D"]],
-        plan: Plan,
-        size: tuple[int, int],
+        photo: Prepared,
         *,
         confidence: bool,
         scores: bool,
     ) -> Segmentation:
         """Labels of a photo from its grid rows."""
-        rows, columns = self.axes(plan, size)
+        size = (photo.height, photo.width)
+        stride = self.backbone.stride
+        rows, columns = make_axes(photo.plan, self.config, stride, photo.width, photo.height)
         count = len(self.classes)
         if scores and len(self.text) * size[0] * size[1] * 4 > MAX_SCORE_BYTES:
             raise ConfigError(
@@ -279,18 +278,6 @@ class Segmenter:
             start = stop
         mean = (totals[1] / np.maximum(totals[0], 1))[:count]
         return Segmentation(labels, self.classes, mean, sure, maps)
-
-    def axes(self, plan: Plan, size: tuple[int, int]) -> tuple[Axis, Axis]:
-        """Where the rows and columns of a photo of that size lie on the grid."""
-        height, width = size
-        if self.config.preset == "authors":
-            grid = AUTHORS_GRID
-            return axis(height, grid, grid / height), axis(width, grid, grid / width)
-        stride = self.backbone.stride
-        return (
-            axis(height, -(-plan.height // stride), plan.height / (height * stride)),
-            axis(width, -(-plan.width // stride), plan.width / (width * stride)),
-        )
 
     def _blocks(
         self, bands: Iterator[Float[Tensor, "_ w D"]], rows: Axis, photo_width: int
@@ -346,38 +333,9 @@ def _shifted(rows: Axis, start: int, stop: int, first: int) -> Axis:
     return Axis(rows.lower[start:stop] - first, rows.weight[start:stop])
 
 
-def window_starts(cells: int, config: SegmentConfig, stride: int) -> tuple[tuple[int, ...], int]:
-    """First cells of the windows along one axis, and their length in cells.
-
-    The windows are equally long and evenly spread; neighbours share at least `overlap`.
-    """
-    length = max(2, config.window // stride)
-    if cells <= length:
-        return (0,), cells
-    step = max(1, round(length * (1 - config.overlap)))
-    count = -(-(cells - length) // step) + 1
-    return tuple(round(i * (cells - length) / (count - 1)) for i in range(count)), length
-
-
-def _taper(length: int) -> Float[Tensor, " n"]:
-    """Weights that rise from both ends to the middle, never zero."""
-    ramp = torch.arange(1, length + 1, dtype=torch.float32)
-    return torch.minimum(ramp, ramp.flip(0))
-
-
 def to_pixels(photo: Image.Image) -> Float[Tensor, "3 H W"]:
     """RGB in [0, 1]."""
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1).float().div(255)
-
-
-def authors_input(photo: Image.Image, side: int) -> Float[Tensor, "3 S S"]:
-    """The authors' network input: short side 640 by PIL, then a square (behaviour.md 9, 18a)."""
-    width, height = photo.size
-    scale = AUTHORS_SHORT_SIDE / min(width, height)
-    scale = min(scale, AUTHORS_LONG_SIDE / max(width, height))
-    size = (max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5)))
-    pixels = to_pixels(photo.resize(size, Image.Resampling.BILINEAR))
-    return squash(pixels, side)
 
 
 def squash(pixels: Float[Tensor, "3 H W"], side: int) -> Float[Tensor, "3 S S"]:

@@ -32,6 +32,15 @@ IMAGENET_SELECT = (
     "A photo of a {} in the scene",
 )
 
+MINI = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "there is a {} in the scene.",
+    "a close-up photo of a {}.",
+    "a photo of many {}.",
+    "{}",
+)
+
 TEXTS_PER_CALL = 256
 
 
@@ -41,7 +50,7 @@ def template_sets() -> dict[str, tuple[str, ...]]:
     text = files("pixelclip").joinpath("data/imagenet_templates.txt").read_text("utf-8")
     imagenet = tuple(line for line in text.splitlines() if line)
     return {"single": SINGLE, "imagenet-select": IMAGENET_SELECT, "imagenet": imagenet,
-            "name": ("{}",)}  # fmt: skip
+            "mini": MINI, "name": ("{}",)}  # fmt: skip
 
 
 @cache
@@ -221,7 +230,7 @@ def class_features(
     text = cast(Text, backbone.text)
     if not cache:
         return encode_classes(text, names, templates, fix_article=fix_article)
-    key = json.dumps([weights_hash(backbone.text), list(names), list(templates), fix_article])
+    key = json.dumps([backbone.text_hash, list(names), list(templates), fix_article])
     path = cache_dir() / "text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.is_file():
         try:
@@ -234,13 +243,3 @@ def class_features(
     with contextlib.suppress(OSError):
         write_safetensors(path, {"features": features}, {"format": "pt"})
     return features
-
-
-def weights_hash(module: torch.nn.Module) -> str:
-    """Hash of a module's tensors, names included."""
-    digest = hashlib.blake2b(type(module).__name__.encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                      if tensor.ndim else str(tensor.item()).encode())  # fmt: skip
-    return digest.hexdigest()

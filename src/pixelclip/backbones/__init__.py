@@ -4,7 +4,9 @@ Adding a family: a module whose visual part is an `nn.Module` with `stride`, `di
 `forward` and `pooled`, and one line in `BACKBONES`.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -97,6 +99,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @cached_property
+    def text_hash(self) -> str:
+        """Hash of the text tower, which is frozen: the same towers encode texts the same."""
+        return weights_hash(self.text)
 
     def dense(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
         """Dense features, not normalised; h = ceil(H / stride), w = ceil(W / stride).
@@ -215,11 +222,14 @@ def _fill(backbone: Backbone, state: State, origin: object) -> None:
 def exported_state(backbone: Backbone) -> State:
     """The weights under the names in which they are stored.
 
-    For a CLIP these are open_clip's own names, so that other tools read our checkpoints.
+    For a CLIP these are open_clip's own names, so that other tools read our checkpoints. Text
+    towers that come from a package are left out.
     """
+    packaged = getattr(backbone.text, "is_packaged", False)
     return {
         key.replace("visual.tower.", "visual.", 1).removeprefix("text."): value
         for key, value in backbone.state_dict(keep_vars=False).items()
+        if not (packaged and key.startswith("text."))
     }
 
 
@@ -238,3 +248,13 @@ def save_backbone(backbone: Backbone, path: str | Path) -> Path:
         target = target / "model.safetensors"
     write_checkpoint(target, exported_state(backbone), backbone.card)
     return target
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Hash of a module's tensors, names included."""
+    digest = hashlib.blake2b(type(module).__name__.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                      if tensor.ndim else str(tensor.item()).encode())  # fmt: skip
+    return digest.hexdigest()

@@ -1,14 +1,12 @@
 """Which models have a name: open_clip's plain ViTs and ConvNeXts, the authors', ours.
 
+open_clip is imported where it is asked, as that takes seconds which the offline model can spare.
 Only architectures whose dense path we know are here. A plain ViT has a class token, a learned
 position table and CLIP's own causal text tower; everything else is refused by name.
 """
 
 import difflib
 from typing import NamedTuple
-
-import open_clip
-from open_clip.pretrained import get_pretrained_cfg
 
 from pixelclip.checkpoint import ModelCard
 from pixelclip.errors import ModelError
@@ -64,6 +62,8 @@ def refusal(config: dict[str, object]) -> str | None:
 
 def open_clip_names() -> list[str]:
     """`architecture/tag` of every open_clip model that can be loaded."""
+    import open_clip
+
     return [
         f"{architecture}/{tag}"
         for architecture, tag in open_clip.list_pretrained()
@@ -78,6 +78,8 @@ def architecture_config(architecture: str) -> dict[str, object]:
     Raises:
         ModelError: the architecture is unknown, or has no dense path here.
     """
+    import open_clip
+
     config = open_clip.get_model_config(architecture)
     if config is None:
         raise unknown_model(architecture)
@@ -92,6 +94,9 @@ def open_clip_card(architecture: str, tag: str | None) -> ModelCard:
     Raises:
         ModelError: architecture or tag is unknown, or the two contradict each other.
     """
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
     config = architecture_config(architecture)
     pretrained: dict[str, object] = {}
     quick = bool(config.get("quick_gelu", False))
