@@ -81,6 +81,17 @@ def test_random_damage_never_escapes_as_another_error(tmp_path):
             assert read.mode == "RGB"
 
 
+@pytest.mark.parametrize("size", [(33, 21), (200, 150), (7, 90), (97, 61)])
+def test_resizing_in_bands_leaves_no_trace(monkeypatch, size):
+    image = photo(97, 61)
+    monkeypatch.setattr(images, "RESIZE_BAND_PIXELS", 97 * 7)
+    whole = np.asarray(image.resize(size, Image.Resampling.BILINEAR)).astype(int)
+    for source in (image, np.asarray(image)):
+        difference = np.abs(np.asarray(images.resized(source, size)).astype(int) - whole)
+        assert difference.max() <= 1  # rounding of the band's offset
+        assert (difference > 0).mean() < 0.01
+
+
 def test_missing_photo_is_named(tmp_path):
     with pytest.raises(DataError, match="no such photo"):
         images.read_photo(tmp_path / "none.png")

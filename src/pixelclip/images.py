@@ -1,6 +1,7 @@
 """Photos in, label maps and overlays out: formats, limits, colours."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pixelclip.errors import DataError
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MAX_PIXELS = 128_000_000
 OVERLAY_PIXELS = 16_000_000
+RESIZE_BAND_PIXELS = 8_000_000
 
 
 class Photo(NamedTuple):
@@ -121,8 +123,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def as_photo(source: object, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def as_photo(
+    source: object, max_pixels: int = MAX_PIXELS
+) -> Image.Image | UInt8[np.ndarray, "H W 3"]:
     """Upright RGB from a path, a PIL image or an array (H, W, 3) or (H, W) of uint8.
+
+    Arrays stay arrays, as a copy of a large one would not be small.
 
     Raises:
         DataError: it is none of these, or cannot be read.
@@ -140,8 +146,44 @@ def as_photo(source: object, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 "an array must be uint8 of shape (H, W, 3) or (H, W), not"
                 f" {source.dtype} of shape {source.shape}"
             )
-        return to_rgb(Image.fromarray(np.ascontiguousarray(source)))
+        if source.shape[0] * source.shape[1] > max_pixels:
+            raise DataError(f"the photo has more than {max_pixels / 1e6:.0f} megapixels")
+        return source if colour else np.repeat(source[..., None], 3, axis=2)
     raise DataError(f"cannot segment a {type(source).__name__}; give a path, PIL image or array")
+
+
+def photo_size(photo: Image.Image | UInt8[np.ndarray, "H W 3"]) -> tuple[int, int]:
+    """Width and height."""
+    return photo.size if isinstance(photo, Image.Image) else (photo.shape[1], photo.shape[0])
+
+
+def resized(photo: Image.Image | UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> Image.Image:
+    """Antialiased bilinear resize, computed in bands so that large photos need no second copy.
+
+    Each band's source reaches beyond it as far as the filter does, so bands leave no trace.
+
+    Args:
+        photo: RGB.
+        size: width and height wanted.
+    """
+    width, height = photo_size(photo)
+    result = Image.new("RGB", size)
+    scale = height / size[1]
+    reach = math.ceil(max(scale, 1.0)) + 1
+    band = max(1, RESIZE_BAND_PIXELS // max(1, round(width * scale)))
+    for top in range(0, size[1], band):
+        bottom = min(top + band, size[1])
+        first = max(0, math.floor(top * scale) - reach)
+        last = min(height, math.ceil(bottom * scale) + reach)
+        box = (0, top * scale - first, width, min(bottom * scale, height) - first)
+        source = (
+            photo.crop((0, first, width, last))
+            if isinstance(photo, Image.Image)
+            else Image.fromarray(np.ascontiguousarray(photo[first:last]))
+        )
+        part = source.resize((size[0], bottom - top), Image.Resampling.BILINEAR, box=box)
+        result.paste(part, (0, top))
+    return result
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -241,7 +283,7 @@ def for_overlay(photo: Image.Image) -> Image.Image:
     if scale >= 1:
         return photo
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
-    return photo.resize(size, Image.Resampling.BILINEAR)
+    return resized(photo, size)
 
 
 def with_legend(image: Image.Image, entries: list[tuple[str, int]], count: int) -> Image.Image:

@@ -19,10 +19,10 @@ from pixelclip.backbones import Backbone, load_backbone
 from pixelclip.config import SegmentConfig
 from pixelclip.device import autocast
 from pixelclip.errors import ConfigError
-from pixelclip.images import as_photo
+from pixelclip.images import as_photo, photo_size, resized
 from pixelclip.plan import AUTHORS_GRID, Plan, authors_size, make_axes, make_plan, taper
 from pixelclip.segmentation import Segmentation, none_label
-from pixelclip.upsample import CLASS_BLOCK, Axis, upsample_grid, upsampled_argmax
+from pixelclip.upsample import CLASS_BLOCK, Axis, upsample_grid, upsampled_confidence
 from pixelclip.vocabulary import check_classes, class_features, parse_templates
 
 PhotoSource = str | Path | Image.Image | np.ndarray
@@ -137,12 +137,12 @@ class Segmenter:
             DataError: it cannot be read.
         """
         photo = as_photo(source, self.config.max_pixels)
-        plan = self.plan(photo.width, photo.height)
+        width, height = photo_size(photo)
+        plan = self.plan(width, height)
         size = (plan.width, plan.height)
         if self.config.preset == "authors":
-            size = authors_size(photo.width, photo.height)
-        image = photo if photo.size == size else photo.resize(size, Image.Resampling.BILINEAR)
-        return Prepared(image, plan, photo.height, photo.width)
+            size = authors_size(width, height)
+        return Prepared(resized(photo, size), plan, height, width)
 
     def run(
         self, photos: Sequence[Prepared], *, confidence: bool = False, scores: bool = False
@@ -186,9 +186,12 @@ class Segmenter:
                 features = self.backbone.dense(batch).float()  # [B, D, h, w]
             if self.config.preset == "authors":
                 size = (AUTHORS_GRID, AUTHORS_GRID)
+                # A batch of one looks channels-last but has the wrong first stride, and is then
+                # resized on the slow path; clone gives it the right one.
+                features = features.clone(memory_format=torch.channels_last)
                 features = F.interpolate(features, size, mode="bilinear", align_corners=False)
-            parts.append(F.normalize(features, dim=1).permute(0, 2, 3, 1))
-        return torch.cat(parts)
+            parts.append(F.normalize(features.permute(0, 2, 3, 1), dim=3))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _bands(self, photo: Prepared) -> Iterator[Float[Tensor, "r w D"]]:
         """Grid rows of a photo in windows, top to bottom, as soon as they are final.
@@ -267,8 +270,9 @@ class Segmenter:
             stop = start + len(row_axis.lower)
             part, certain = self._label_block(block, row_axis, columns)
             labels[start:stop] = part
-            totals[0] += np.bincount(part.ravel(), minlength=totals.shape[1])
-            totals[1] += np.bincount(part.ravel(), certain.ravel(), minlength=totals.shape[1])
+            index = part.ravel().astype(np.intp)
+            totals[0] += np.bincount(index, minlength=totals.shape[1])
+            totals[1] += np.bincount(index, certain.ravel(), minlength=totals.shape[1])
             if sure is not None:
                 sure[start:stop] = certain
             if maps is not None:
@@ -310,16 +314,10 @@ class Segmenter:
         self, block: Float[Tensor, "r w D"], rows: Axis, columns: Axis
     ) -> tuple[np.ndarray, np.ndarray]:
         """Labels and confidences of the photo rows over one block of grid rows."""
-        count, temperature = len(self.classes), self.backbone.temperature
-        best, score = upsampled_argmax(block, self.text, rows, columns)
-        norm = torch.stack(
-            [
-                (temperature * (block @ part.T)).logsumexp(-1)
-                for part in self.text.split(CLASS_BLOCK)
-            ]
-        ).logsumexp(0)
-        certain = np.exp(temperature * score - upsample_grid(norm, rows, columns))
-        np.minimum(certain, 1.0, out=certain)
+        count = len(self.classes)
+        best, certain = upsampled_confidence(
+            block, self.text, rows, columns, temperature=self.backbone.temperature
+        )
         none = none_label(count)
         labels = best.astype(np.uint8 if count <= 255 else np.uint16, copy=False)
         if len(self.text) > count:

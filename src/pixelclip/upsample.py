@@ -7,6 +7,7 @@ can win there only if its largest corner reaches the largest of all classes' sma
 interpolated. The result is that of upsampling every map and taking the argmax.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,27 @@ def axis(pixels: int, points: int, scale: float) -> Axis:
     return Axis(lower, weight.astype(np.float32))
 
 
+class ScoreBlocks:
+    """Scores of every grid point in blocks of classes; a single block is computed once.
+
+    Args:
+        features: per grid point.
+        text: per class; scores are products of the two.
+    """
+
+    def __init__(self, features: Float[Tensor, "h w D"], text: Float[Tensor, "K D"]):
+        """Compute the scores if one block holds them all."""
+        self.features = features
+        self.parts = text.split(CLASS_BLOCK)
+        self.count = len(text)
+        self.kept = features @ text.T if len(self.parts) == 1 else None
+
+    def __iter__(self) -> Iterator[Float[Tensor, "h w k"]]:
+        """Blocks in the order of the classes."""
+        for part in self.parts:
+            yield self.features @ part.T if self.kept is None else self.kept
+
+
 def upsampled_argmax(
     features: Float[Tensor, "h w D"], text: Float[Tensor, "K D"], rows: Axis, columns: Axis
 ) -> tuple[Shaped[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
@@ -57,27 +79,63 @@ def upsampled_argmax(
         rows: where output rows lie on the grid.
         columns: where output columns lie.
     """
-    cells, classes, corners = candidates(features, text)
-    height, width = len(rows.lower), len(columns.lower)
-    labels = np.zeros((height, width), dtype=np.uint8 if len(text) <= 255 else np.uint16)
-    scores = np.zeros((height, width), dtype=np.float32)
-    grid_width = features.shape[1]
-    row_runs, column_runs = _runs(rows, features.shape[0]), _runs(columns, grid_width)
-    counts = np.bincount(cells, minlength=features.shape[0] * grid_width)
+    return _argmax(ScoreBlocks(features, text), rows, columns)
+
+
+def upsampled_confidence(
+    features: Float[Tensor, "h w D"],
+    text: Float[Tensor, "K D"],
+    rows: Axis,
+    columns: Axis,
+    *,
+    temperature: float,
+) -> tuple[Shaped[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
+    """Best class of every pixel, as from `upsampled_argmax`, and its share in a softmax.
+
+    The softmax's logarithmic sum over classes is upsampled from the grid.
+    """
+    scores = ScoreBlocks(features, text)
+    labels, certain = _argmax(scores, rows, columns)
+    norm = torch.stack([(temperature * block).logsumexp(-1) for block in scores]).logsumexp(0)
+    certain *= temperature
+    certain -= upsample_grid(norm, rows, columns)
+    np.exp(certain, out=certain)
+    np.minimum(certain, 1.0, out=certain)
+    return labels, certain
+
+
+def _argmax(
+    scores: ScoreBlocks, rows: Axis, columns: Axis
+) -> tuple[Shaped[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
+    """Best class and its score for every pixel."""
+    cells, classes, corners = _candidates(scores)
+    height, width = scores.features.shape[:2]
+    counts = np.bincount(cells, minlength=height * width)
     starts = np.cumsum(counts) - counts
-    visible = np.flatnonzero(
-        (row_runs.counts[:, None] > 0).repeat(grid_width, 1).ravel()
-        & np.tile(column_runs.counts > 0, features.shape[0])
-    )
-    for size in np.unique(counts[visible]):
-        group = visible[counts[visible] == size]
-        chunk = max(1, VALUES_PER_CHUNK // int(size * row_runs.longest * column_runs.longest))
+    row_runs, column_runs = _runs(rows), _runs(columns)
+    tiles = (row_runs.cells[:, None] * width + column_runs.cells).ravel()
+    shape = (len(tiles), row_runs.longest, column_runs.longest)
+    small = scores.count <= 255
+    labels = torch.empty(shape, dtype=torch.uint8 if small else torch.int32)
+    best = torch.empty(shape)
+    names = torch.from_numpy(classes).to(labels.dtype)
+    sizes = _padded_sizes(counts[tiles])
+    for size in np.unique(sizes):
+        group = np.flatnonzero(sizes == size)
+        chunk = max(1, VALUES_PER_CHUNK // int(size * shape[1] * shape[2]))
         for begin in range(0, len(group), chunk):
             members = group[begin : begin + chunk]
-            picks = starts[members][:, None] + np.arange(size)
-            _fill_cells(members, classes[picks], corners[torch.from_numpy(picks)],
-                        row_runs, column_runs, labels, scores)  # fmt: skip
-    return labels, scores
+            own = tiles[members]
+            offsets = np.minimum(np.arange(size), counts[own][:, None] - 1)
+            picks = torch.from_numpy(starts[own][:, None] + offsets)
+            y, x = np.divmod(members, len(column_runs.cells))
+            value, index = _interpolate(corners[picks], row_runs.weights[y], column_runs.weights[x])
+            where = torch.from_numpy(members)
+            best[where] = value
+            labels[where] = names[picks].gather(1, index.flatten(1)).view(index.shape)
+    image = _assemble(labels, row_runs, column_runs).numpy()
+    scored = _assemble(best, row_runs, column_runs).numpy()
+    return image if small else image.astype(np.uint16), scored
 
 
 def upsample_grid(
@@ -101,22 +159,26 @@ def candidates(
 
     Ordered by cell, then by class. A cell is named by its top left grid point.
     """
-    blocks = text.split(CLASS_BLOCK)
-    floor = torch.stack([_corner_bounds(features @ block.T)[0].amax(-1) for block in blocks])
-    floor = floor.amax(0)  # [h, w]
+    return _candidates(ScoreBlocks(features, text))
+
+
+def _candidates(scores: ScoreBlocks) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    floor = torch.stack([_corner_bounds(block)[0].amax(-1) for block in scores]).amax(0)  # [h, w]
     found = []
-    for number, block in enumerate(blocks):
-        scores = features @ block.T
-        able = _corner_bounds(scores)[1] >= floor[..., None]
+    for number, block in enumerate(scores):
+        height, width = block.shape[:2]
+        able = _corner_bounds(block)[1] >= floor[..., None]
         y, x, k = able.nonzero(as_tuple=True)
-        y1, x1 = (y + 1).clamp(max=scores.shape[0] - 1), (x + 1).clamp(max=scores.shape[1] - 1)
+        y1, x1 = (y + 1).clamp(max=height - 1), (x + 1).clamp(max=width - 1)
         corners = torch.stack(
-            [scores[y, x, k], scores[y, x1, k], scores[y1, x, k], scores[y1, x1, k]], 1
+            [block[y, x, k], block[y, x1, k], block[y1, x, k], block[y1, x1, k]], 1
         )
-        found.append((y * scores.shape[1] + x, k + number * CLASS_BLOCK, corners))
-    cells, classes, corners = (torch.cat(parts) for parts in zip(*found, strict=True))
-    cells, order = cells.cpu().sort(stable=True)
-    return cells.numpy(), classes.cpu()[order].numpy(), corners.float().cpu()[order]
+        found.append((y * width + x, k + number * CLASS_BLOCK, corners))
+    cells, classes, corners = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+    if len(found) > 1:
+        cells, order = cells.sort(stable=True)
+        classes, corners = classes[order], corners[order]
+    return cells.numpy(), classes.numpy(), corners.float()
 
 
 def _corner_bounds(scores: Float[Tensor, "h w K"]) -> tuple[Tensor, Tensor]:
@@ -129,41 +191,63 @@ def _corner_bounds(scores: Float[Tensor, "h w K"]) -> tuple[Tensor, Tensor]:
 
 
 class _Runs(NamedTuple):
-    """The pixels of each cell along one axis: padded to the longest by repeating the last."""
+    """Stretches of pixels between the same two grid points, padded to the longest.
 
-    counts: np.ndarray
-    pixels: np.ndarray
+    Attributes:
+        cells: grid point at or before each run.
+        weights: (runs, longest) share of the next grid point.
+        place: (P,) where each pixel lies among runs * longest.
+        longest: pixels of a run, the padding included.
+    """
+
+    cells: np.ndarray
     weights: np.ndarray
+    place: np.ndarray
     longest: int
 
 
-def _runs(pixels: Axis, points: int) -> _Runs:
-    counts = np.bincount(pixels.lower, minlength=points)
-    starts = np.cumsum(counts) - counts
+def _runs(pixels: Axis) -> _Runs:
+    """Runs of one axis.
+
+    The pixels before the first grid point make a run of their own: with them the first cell
+    would be 1.5 times as long as the others, and all are padded to the longest.
+    """
+    fresh = np.diff(pixels.lower, prepend=-1) != 0
+    leading = int(np.argmax(pixels.weight > 0)) if pixels.weight.any() else 0
+    if leading > 1 and not fresh[1 : leading + 1].any():
+        fresh[leading] = True
+    starts = np.flatnonzero(fresh)
+    counts = np.diff(starts, append=len(pixels.lower))
     longest = int(counts.max())
-    offsets = np.minimum(np.arange(longest)[None], np.maximum(counts - 1, 0)[:, None])
-    index = np.minimum(starts[:, None] + offsets, len(pixels.lower) - 1)
-    return _Runs(counts, index, pixels.weight[index], longest)
+    offsets = np.minimum(np.arange(longest), counts[:, None] - 1)
+    run = np.cumsum(fresh) - 1
+    place = run * longest + np.arange(len(run)) - starts[run]
+    return _Runs(pixels.lower[starts], pixels.weight[starts[:, None] + offsets], place, longest)
 
 
-def _fill_cells(
-    cells: np.ndarray,
-    classes: np.ndarray,
-    corners: Tensor,
-    rows: _Runs,
-    columns: _Runs,
-    labels: np.ndarray,
-    scores: np.ndarray,
-) -> None:
-    """Interpolate the candidates of cells that have equally many, and write the winners."""
-    y, x = np.divmod(cells, len(columns.counts))
-    row_weights = torch.from_numpy(rows.weights[y])[:, None, :, None]  # [n, 1, p, 1]
-    column_weights = torch.from_numpy(columns.weights[x])[:, None]  # [n, 1, q]
+def _padded_sizes(counts: np.ndarray) -> np.ndarray:
+    """Candidate counts rounded up to 1, 2, 3, 4, 6, 8, 12, 16, ...: fewer groups, little waste."""
+    power = 2 ** np.ceil(np.log2(counts)).astype(np.int64)
+    return np.where((power >= 4) & (counts <= power * 3 // 4), power * 3 // 4, power)
+
+
+def _interpolate(
+    corners: Float[Tensor, "n C 4"], rows: np.ndarray, columns: np.ndarray
+) -> tuple[Float[Tensor, "n p q"], Int[Tensor, "n p q"]]:
+    """Highest interpolated score of tiles that have equally many candidates, and whose it is."""
+    row_weights = torch.from_numpy(rows)[:, None, :, None]  # [n, 1, p, 1]
+    column_weights = torch.from_numpy(columns)[:, None]  # [n, 1, q]
     left_top, right_top, left_bottom, right_bottom = corners[..., None].unbind(2)  # [n, C, 1]
     top = torch.lerp(left_top, right_top, column_weights)[:, :, None]  # [n, C, 1, q]
     bottom = torch.lerp(left_bottom, right_bottom, column_weights)[:, :, None]
-    best, index = torch.lerp(top, bottom, row_weights).max(dim=1)  # [n, p, q]
-    winners = np.take_along_axis(classes, index.flatten(1).numpy(), axis=1).reshape(index.shape)
-    where = (rows.pixels[y][:, :, None], columns.pixels[x][:, None, :])
-    labels[where] = winners
-    scores[where] = best.numpy()
+    return torch.lerp(top, bottom, row_weights).max(dim=1)
+
+
+def _assemble(tiles: Shaped[Tensor, "n p q"], rows: _Runs, columns: _Runs) -> Tensor:
+    """Tiles side by side, their padding left out."""
+    shape = (len(rows.cells), len(columns.cells), rows.longest, columns.longest)
+    image = tiles.view(shape).transpose(1, 2).reshape(shape[0] * shape[2], -1)
+    for dim, place in ((0, rows.place), (1, columns.place)):
+        if len(place) < image.shape[dim]:
+            image = image.index_select(dim, torch.from_numpy(place))
+    return image
