@@ -230,6 +230,7 @@ def exported_state(backbone: Backbone) -> State:
         key.replace("visual.tower.", "visual.", 1).removeprefix("text."): value
         for key, value in backbone.state_dict(keep_vars=False).items()
         if not (packaged and key.startswith("text."))
+        and not key.endswith(".num_batches_tracked")  # counters that evaluation never reads
     }
 
 

@@ -214,6 +214,7 @@ def tower_state() -> State:
     return {
         f"visual.{name}": tensor
         for name, tensor in zip(names, read_state(path).values(), strict=True)
+        if not name.endswith(".num_batches_tracked")
     }
 
 
