@@ -1,5 +1,7 @@
 """The segmenter against a slow, obvious rendering of what it promises."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_windows_cover_every_cell_evenly():
             starts, length = window_starts(cells, config, 16)
             covered = {c for start in starts for c in range(start, start + length)}
             assert covered == set(range(cells))
-            for first, second in zip(starts, starts[1:], strict=False):
+            for first, second in pairwise(starts):
                 assert first < second <= first + length - int(length * overlap * 0.99)
 
 

@@ -55,7 +55,7 @@ def test_more_names_than_fit_in_a_call_keep_their_order(backbone):
 
 def test_template_sets_have_their_known_sizes():
     sizes = {name: len(templates) for name, templates in vocabulary.template_sets().items()}
-    assert sizes == {"single": 1, "imagenet-select": 8, "imagenet": 80, "name": 1}
+    assert sizes == {"single": 1, "imagenet-select": 8, "imagenet": 80, "mini": 6, "name": 1}
     for templates in vocabulary.template_sets().values():
         vocabulary.check_templates(templates, "built in")
 

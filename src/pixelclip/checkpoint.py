@@ -7,6 +7,7 @@ The format of ours is specified in `docs/formats.md`.
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,15 +70,24 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: dict[st
     with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
         part = Path(file.name)
     try:
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in state.items()},
-            part,
-            metadata=metadata,
-        )
+        save_file(_apart(state), part, metadata=metadata)
         part.chmod(0o644)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _apart(state: Mapping[str, Tensor]) -> State:
+    """The tensors on the CPU, none sharing memory with another, which safetensors refuses."""
+    apart: State = {}
+    taken: set[int] = set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        apart[key] = tensor
+    return apart
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
@@ -146,9 +156,11 @@ def _load_pickle(path: Path) -> object:
                 f"{path} is a TorchScript archive, which holds code; save its state_dict(), or"
                 " name the model by its tag, as in ViT-B-16/openai"
             )
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch finds unusual, it still reads or refuses
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error):
+        if "Weights only load failed" in str(error) and "Unsupported operand" not in str(error):
             raise ModelError(
                 f"{path} was refused: it holds more than tensors and would run code when loaded; "
                 "ask its author for a state dict or a safetensors file"

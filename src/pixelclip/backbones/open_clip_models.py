@@ -5,6 +5,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from pixelclip.backbones import Backbone
+from pixelclip.backbones.catalog import refusal
 from pixelclip.backbones.convnext import DenseConvNeXt
 from pixelclip.backbones.text import ClipText
 from pixelclip.backbones.vit import DenseViT
@@ -18,9 +19,17 @@ def build(card: ModelCard, attention: str) -> Backbone:
     Raises:
         ModelError: the configuration of the card cannot be built.
     """
+    if reason := refusal(card.config):
+        raise ModelError(f"{card.name} cannot segment here: {reason}; see pixelclip models")
+    vision = card.config["vision_cfg"]
+    assert isinstance(vision, dict)
+    if "timm_model_name" in vision:
+        vision = {**vision, "timm_model_pretrained": False}  # building downloads nothing
     try:
-        clip = CLIP(**card.config, quick_gelu=card.activation == "quickgelu")
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        clip = CLIP(
+            **{**card.config, "vision_cfg": vision}, quick_gelu=card.activation == "quickgelu"
+        )
+    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise ModelError(f"cannot build {card.name}: {error}") from error
     tower = clip.visual
     visual: nn.Module

@@ -180,11 +180,33 @@ def weight_file(path: Path) -> Path:
 
 def _authors_model(path: Path) -> str | None:
     """Name of the authors' model a file holds, told by its keys, or None."""
-    keys = read_state(path).keys()
-    if not any(key.startswith(CLIP_PREFIX) for key in keys):
-        return None
-    convnext = any(key.startswith(f"{CLIP_PREFIX}visual.trunk.") for key in keys)
+    state = _converted(path)
+    if state is None:
+        state = read_state(path)
+        if not any(key.startswith(CLIP_PREFIX) for key in state):
+            return None
+    convnext = any("visual.trunk." in key for key in state)
     return "pixelclip-convnext-b" if convnext else "pixelclip-vit-b16"
+
+
+def _converted_path(path: Path) -> Path:
+    """Where the converted copy of an authors' file lies, told by the file's size and time."""
+    stat = path.resolve().stat()
+    identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return cache_dir() / "converted" / f"{path.stem}-{key}.safetensors"
+
+
+def _converted(path: Path) -> State | None:
+    """The converted copy of an authors' file, or None; a damaged one is passed over."""
+    converted = _converted_path(path)
+    if not converted.is_file():
+        return None
+    try:
+        return read_state(converted)
+    except ModelError as error:
+        log.info("made again: %s", error)
+        return None
 
 
 def read_any(path: Path, card: ModelCard) -> State:
@@ -196,15 +218,10 @@ def read_any(path: Path, card: ModelCard) -> State:
     Raises:
         ModelError: the file cannot be read, or is the authors' but of another activation.
     """
-    if path.suffix == ".safetensors":
-        return read_state(path)
-    stat = path.resolve().stat()
-    identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    converted = cache_dir() / "converted" / f"{path.stem}-{key}.safetensors"
-    if converted.is_file():
-        _check_activation(path, card, convnext=card.family == "convnext")
-        return read_state(converted)
+    state = _converted(path)
+    if state is not None:
+        _check_activation(path, card, convnext=any("visual.trunk." in name for name in state))
+        return state
     state = read_state(path)
     if not any(name.startswith(CLIP_PREFIX) for name in state):
         return state
@@ -212,7 +229,7 @@ def read_any(path: Path, card: ModelCard) -> State:
     _check_activation(path, card, convnext=convnext)
     state = strip_authors(state, path)
     try:
-        write_safetensors(converted, state, {"format": "pt", "source": path.name})
+        write_safetensors(_converted_path(path), state, {"format": "pt", "source": path.name})
     except OSError as error:
         log.info("not cached: %s", error)
     return state
@@ -251,6 +268,10 @@ class _NotInRepository(ModelError):
 
 def _first_of(repo: str, filenames: tuple[str, ...]) -> Path:
     """The first of several files that a hub repository has."""
+    for filename in filenames:
+        cached = try_to_load_from_cache(repo, filename)
+        if isinstance(cached, str):
+            return Path(cached)
     for filename in filenames[:-1]:
         try:
             return download(repo, filename)
