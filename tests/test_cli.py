@@ -105,6 +105,17 @@ def test_masks_and_scores_on_request(run, model, own_folder):
         assert (stored["scores"].argmax(0) == labels).mean() > 0.95  # stored in half precision
 
 
+def test_background_options_imply_their_mode(run, model, own_folder):
+    photo(40, 30).save("a.png")
+    run("segment", "a.png", "-c", "cat, sky", "-m", model, "--threshold", "1")
+    record = json.loads((own_folder / "pixelclip-out/a.json").read_text())
+    assert record["settings"]["background"] == "threshold"
+    assert record["no_class_pixels"] == 40 * 30
+    run("segment", "a.png", "-c", "cat", "-m", model, "--background-names", "sky, sea")
+    record = json.loads((own_folder / "pixelclip-out/a.json").read_text())
+    assert record["settings"]["background_names"] == ["sky", "sea"]
+
+
 def test_sample_photos_are_segmented_when_none_is_given(run, model, own_folder):
     code, out, _ = run("segment", "-m", model)
     assert code == 0
@@ -136,6 +147,9 @@ def test_sample_photos_are_segmented_when_none_is_given(run, model, own_folder):
         (["a.png", "-c", "cat", "--attention", "full"], "unknown attention 'full'"),
         (["a.png", "-c", "cat", "--templates", "none.txt"], "cannot read the template set"),
         (["a.png", "-c", "cat", "--background", "names"], "no class names"),
+        (["a.png", "-c", "cat", "--threshold", "2"], "threshold: input should be"),
+        (["a.png", "-c", "cat", "--threshold", ".2", "--background-names", "sky"], "give one"),
+        (["a.png", "-c", "cat", "--background", "none", "--threshold", ".2"], "give one"),
         (["a.png", "-c", "cat", "--bogus"], "No such option: --bogus"),
     ],
 )

@@ -212,6 +212,13 @@ def test_large_photos_keep_a_pixel_in_eight(backbone):
     assert make(backbone, short_side=64).plan(4000, 3000).height == 64
 
 
+def test_strips_are_not_enlarged_beyond_measure(backbone):
+    segmenter = make(backbone)
+    assert segmenter.plan(20_000, 10)[:2] == (10, 20_000)
+    assert segmenter.plan(32, 32)[:2] == (64, 64)
+    assert segmenter(photo(3000, 3)).labels.shape == (3, 3000)
+
+
 def test_score_maps_that_would_not_fit_are_refused(backbone):
     segmenter = make(backbone, [f"thing {index}" for index in range(1000)])
     with pytest.raises(ConfigError, match="exceed 4 GiB"):

@@ -12,6 +12,7 @@ from pixelclip.upsample import Axis, axis
 
 AUTHORS_SHORT_SIDE, AUTHORS_LONG_SIDE = 640, 2560
 AUTHORS_GRID = 64
+MAX_ENLARGED_ASPECT = 4
 
 
 class Plan(NamedTuple):
@@ -41,7 +42,10 @@ def make_plan(config: SegmentConfig, card: ModelCard, stride: int, width: int, h
     if config.preset == "authors":
         side = config.short_side or card.square
         return Plan(side, side, (0,), (0,), (AUTHORS_GRID, AUTHORS_GRID))
-    scale = (config.short_side or card.short_side) / min(width, height)
+    short_side = config.short_side or card.short_side
+    scale = short_side / min(width, height)
+    if scale > 1:  # a strip of 10 x 20,000 pixels is not enlarged to 320 x 640,000
+        scale = min(scale, max(1.0, MAX_ENLARGED_ASPECT * short_side / max(width, height)))
     if config.short_side is None:
         scale = max(scale, 1 / config.max_downscale)
     net_height, net_width = max(1, round(height * scale)), max(1, round(width * scale))

@@ -4,7 +4,8 @@ One column: plan the network input, read windows, dense features, best class per
 Working memory is bounded by the window and the class block, whatever the photo's size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -96,12 +97,12 @@ class Segmenter:
 
     @overload
     def __call__(
-        self, photo: Sequence[PhotoSource], *, confidence: bool = ..., scores: bool = ...
+        self, photo: Iterable[PhotoSource], *, confidence: bool = ..., scores: bool = ...
     ) -> list[Segmentation]: ...
 
     def __call__(
         self,
-        photo: PhotoSource | Sequence[PhotoSource],
+        photo: PhotoSource | Iterable[PhotoSource],
         *,
         confidence: bool = False,
         scores: bool = False,
@@ -119,16 +120,12 @@ class Segmenter:
         """
         if isinstance(photo, str | Path | Image.Image | np.ndarray):
             return self.run([self.prepare(photo)], confidence=confidence, scores=scores)[0]
-        size = self.config.batch_size
-        return [
-            result
-            for start in range(0, len(photo), size)
-            for result in self.run(
-                [self.prepare(source) for source in photo[start : start + size]],
-                confidence=confidence,
-                scores=scores,
-            )
-        ]
+        sources = iter(photo)
+        results: list[Segmentation] = []
+        while batch := list(islice(sources, self.config.batch_size)):
+            prepared = [self.prepare(source) for source in batch]
+            results += self.run(prepared, confidence=confidence, scores=scores)
+        return results
 
     def prepare(self, source: PhotoSource) -> Prepared:
         """Read a photo and resize it for the network.

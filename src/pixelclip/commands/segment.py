@@ -54,12 +54,13 @@ def segment_command(
         ),
     ] = None,
     background: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="none; threshold (unsure pixels get no class); names (pixels of"
-            " --background-names get no class)."
+            " --background-names get no class).",
+            show_default="as the next two say",
         ),
-    ] = "none",
+    ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(help="Confidence below which a pixel gets no class.", show_default="0.3"),
@@ -98,7 +99,7 @@ def segment_command(
         templates=templates,
         short_side=short_side,
         window=window,
-        background=background,
+        background=_background(background, threshold, background_names),
         threshold=threshold,
         background_names=parse_classes(background_names) if background_names else None,
         precision=precision,
@@ -114,3 +115,20 @@ def segment_command(
         config=config,
         output=Output(output, masks, scores, not no_overlay, json_output, quiet),
     )
+
+
+def _background(kind: str | None, threshold: float | None, names: str | None) -> str:
+    """The background mode, which its own options imply; contradictions are an error."""
+    from pixelclip.errors import ConfigError
+
+    implied = [
+        mode
+        for mode, given in (("threshold", threshold is not None), ("names", names is not None))
+        if given
+    ]
+    if any(mode != (kind or implied[0]) for mode in implied):
+        raise ConfigError(
+            "--threshold goes with --background threshold, --background-names with --background"
+            " names; give one of them"
+        )
+    return kind or (implied[0] if implied else "none")
