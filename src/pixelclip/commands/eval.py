@@ -9,6 +9,7 @@ from pixelclip.commands.options import (
     Attention,
     Checkpoint,
     Device,
+    FixArticle,
     MaxPixels,
     Model,
     Quiet,
@@ -32,6 +33,7 @@ def eval_command(
         typer.Option("--json", help="Write the figures to this file.", show_default=False),
     ] = None,
     templates: Templates = None,
+    fix_article: FixArticle = False,
     preset: Annotated[
         str, typer.Option(help="default (keeps the photo's shape) or authors (their protocol).")
     ] = "default",
@@ -53,6 +55,7 @@ def eval_command(
         SegmentConfig,
         preset=preset,
         templates=templates,
+        fix_article=fix_article,
         short_side=short_side,
         max_pixels=max_pixels,
     )

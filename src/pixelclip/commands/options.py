@@ -19,6 +19,9 @@ Templates = Annotated[
     typer.Option(help='single, imagenet-select, imagenet, name, "a photo of a {}" or a file.',
                  show_default="the model's own"),
 ]  # fmt: skip
+FixArticle = Annotated[
+    bool, typer.Option("--fix-article", help='Write "an" before a vowel (the authors do not).')
+]
 ShortSide = Annotated[
     int | None,
     typer.Option(help="Network input for the photo's shorter side, in pixels.",

@@ -9,6 +9,7 @@ from pixelclip.commands.options import (
     Attention,
     Checkpoint,
     Device,
+    FixArticle,
     Json,
     MaxPixels,
     Model,
@@ -43,6 +44,7 @@ def segment_command(
         "pixelclip-out"
     ),
     templates: Templates = None,
+    fix_article: FixArticle = False,
     preset: Annotated[
         str, typer.Option(help="default (keeps the photo's shape) or authors (their protocol).")
     ] = "default",
@@ -97,6 +99,7 @@ def segment_command(
         SegmentConfig,
         preset=preset,
         templates=templates,
+        fix_article=fix_article,
         short_side=short_side,
         window=window,
         background=_background(background, threshold, background_names),
