@@ -1,7 +1,6 @@
 """Class names, templates, ensembling and the cache on disk."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from pixelclip import vocabulary
 from pixelclip.checkpoint import cache_dir
 from pixelclip.errors import ConfigError
 from tests.tiny import tiny_vit
-
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +68,8 @@ def test_class_lists_have_their_known_sizes():
         vocabulary.check_classes(names)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the reference files in ../shared")
-def test_class_lists_are_spelled_as_the_authors_spell_them():
-    theirs = json.loads((SHARED / "reference/class_names.json").read_text())
+def test_class_lists_are_spelled_as_the_authors_spell_them(shared_dir):
+    theirs = json.loads((shared_dir / "reference/class_names.json").read_text())
     for name, classes in theirs.items():
         assert vocabulary.class_lists()[name] == tuple(classes)
 

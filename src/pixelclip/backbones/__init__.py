@@ -137,6 +137,9 @@ BACKBONES: dict[str, Callable[[ModelCard, str], Backbone]] = {
 }
 
 
+PACKAGED = "text.bert."  # frozen and in a package: not part of checkpoints
+
+
 def build_backbone(card: ModelCard, attention: str = "pixelclip") -> Backbone:
     """A backbone of that card with weights yet to be filled in.
 
@@ -222,15 +225,13 @@ def _fill(backbone: Backbone, state: State, origin: object) -> None:
 def exported_state(backbone: Backbone) -> State:
     """The weights under the names in which they are stored.
 
-    For a CLIP these are open_clip's own names, so that other tools read our checkpoints. Text
-    towers that come from a package are left out.
+    For a CLIP these are open_clip's own names, so that other tools read our checkpoints. The text
+    tower that comes from a package is left out, and so are counters that evaluation never reads.
     """
-    packaged = getattr(backbone.text, "is_packaged", False)
     return {
         key.replace("visual.tower.", "visual.", 1).removeprefix("text."): value
         for key, value in backbone.state_dict(keep_vars=False).items()
-        if not (packaged and key.startswith("text."))
-        and not key.endswith(".num_batches_tracked")  # counters that evaluation never reads
+        if not key.startswith(PACKAGED) and not key.endswith(".num_batches_tracked")
     }
 
 

@@ -1,10 +1,13 @@
 """The offline model: EfficientNet-Lite2 and MiniLM from PyPI, joined by an alignment of ours.
 
-Image side: a unit vector per 16 x 16 pixels, made of two parts. The first is the output of a
-trained head on four levels of the tower. The second is the mean of the names of the likeliest
-ImageNet classes (ConSE, arXiv 1312.5650). Text side: MiniLM, frozen; its sentence vector is
-repeated for both parts, so the cosine is a weighted sum of the two. How the weights came about
-stands in `weights/mini-base.md`.
+Image side: a vector per 16 x 16 pixels, made of three parts. The first is the output of a trained
+head on four levels of the tower. The second is the mean of the names of the likeliest ImageNet
+classes (ConSE, arXiv 1312.5650). Both are contrasted with the photo's mean and smoothed among
+cells that look alike and lie close. The third is a constant. Text side: MiniLM, frozen; its
+sentence vector is repeated for the first two parts, and the third holds minus the score the text
+gets on everyday photos anyway, so that texts which are near every picture do not win everywhere.
+The cosine is the weighted sum of the three. How the weights came about stands in
+`weights/mini-base.md`.
 """
 
 import hashlib
@@ -35,10 +38,20 @@ STRIDE = 16
 TEXT_DIM = 384
 NUM_CLASSES = 1000  # of ImageNet, whose names the second part of a feature is made of
 LEVELS = (2, 4, 6)  # stages whose output the head sees beside the last map: strides 8, 16, 16
-HEAD_CHANNELS = 1280 + 48 + 120 + 352
+LEVEL_CHANNELS = (48, 120, 352)
+LAST_CHANNELS = 1280
+HEAD_CHANNELS = LAST_CHANNELS + sum(LEVEL_CHANNELS)
 HIDDEN = 320
 CONSE_TOP = 20
 CONSE_TEMPERATURE = 1.5
+HEAD_WEIGHT = 2.5  # the second part has weight 1, the constant too
+CONTRAST = 0.3  # share of the photo's mean vector that is taken from every cell
+AFFINITY_TEMPERATURE = 0.2
+AFFINITY_RADIUS = 3.0  # standard deviation of the distance, in cells
+AFFINITY_STEPS = 2
+NUM_GENERIC = 128
+HUB_TEMPERATURE = 0.03
+HUB_WEIGHT = 0.3
 MAX_TOKENS = 64
 TEMPERATURE = 20.0
 
@@ -57,17 +70,42 @@ class AlignmentHead(nn.Module):
         self.inner = nn.Linear(HEAD_CHANNELS, HIDDEN)
         self.outer = nn.Linear(HIDDEN, TEXT_DIM)
 
+    def standardise(self, levels: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
+        """Level features with mean 0 and variance 1 over the training photos."""
+        return (levels - self.mean) * self.scale
+
     def forward(self, levels: Float[Tensor, "*B C"]) -> Float[Tensor, "*B D"]:
         """Text-space vectors, not normalised."""
-        cells = (levels - self.mean) * self.scale
+        cells = self.standardise(levels)
         return self.linear(cells) + self.outer(F.gelu(self.inner(cells)))
+
+
+def cell_affinity(levels: Float[Tensor, "B h w C"]) -> Float[Tensor, "B n n"]:
+    """How much each cell listens to each other one, n = h * w; rows sum to 1.
+
+    A cell listens to cells whose feature levels point the same way and which lie near. Memory is
+    quadratic in the cells: 21 MB for a window of 768 x 768 pixels.
+
+    Args:
+        levels: standardised, without the tower's last map.
+    """
+    height, width = levels.shape[1:3]
+    parts = levels.flatten(1, 2).split(LEVEL_CHANNELS, dim=-1)
+    directions = torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1)
+    similarity = directions @ directions.mT / len(parts)
+    rows = torch.arange(height, device=levels.device, dtype=levels.dtype)
+    columns = torch.arange(width, device=levels.device, dtype=levels.dtype)
+    places = torch.cartesian_prod(rows, columns)  # [n, 2]
+    squares = (places[:, None] - places).square().sum(dim=-1)
+    logits = similarity / AFFINITY_TEMPERATURE - squares / (2 * AFFINITY_RADIUS**2)
+    return logits.softmax(dim=-1)
 
 
 class MiniVisual(nn.Module):
     """Dense features of the offline model."""
 
     stride = STRIDE
-    dim = 2 * TEXT_DIM
+    dim = 2 * TEXT_DIM + 1
     mean: Tensor
     std: Tensor
     prototypes: Tensor
@@ -87,8 +125,16 @@ class MiniVisual(nn.Module):
             images: RGB in [0, 1], of any height and width.
         """
         last, levels = self.levels(images)
-        parts = [F.normalize(p, dim=-1) for p in (self.head(levels), self.named_classes(last))]
-        return F.normalize(torch.cat(parts, dim=-1), dim=-1).permute(0, 3, 1, 2)
+        height, width = last.shape[1:3]
+        head = HEAD_WEIGHT * F.normalize(self.head(levels), dim=-1)
+        named = F.normalize(self.named_classes(last), dim=-1)
+        cells = torch.cat([head, named], dim=-1).flatten(1, 2)  # [B, hw, D - 1]
+        cells = cells - CONTRAST * cells.mean(dim=1, keepdim=True)
+        affinity = cell_affinity(self.head.standardise(levels)[..., LAST_CHANNELS:])
+        for _ in range(AFFINITY_STEPS):
+            cells = affinity @ cells
+        cells = F.normalize(F.pad(cells, (0, 1), value=1.0), dim=-1)  # the constant part
+        return cells.mT.unflatten(2, (height, width))
 
     def levels(
         self, images: Float[Tensor, "B 3 H W"]
@@ -120,14 +166,19 @@ class MiniVisual(nn.Module):
 
 
 class MiniText(nn.Module):
-    """Text features of the offline model: MiniLM's sentence vector, repeated for both parts.
+    """Text features of the offline model: MiniLM's sentence vector twice, and the constant.
 
-    Its weights never change, so they are not part of checkpoints (`is_packaged`).
+    MiniLM comes from a package and never changes, so checkpoints leave it out.
+
+    Attributes:
+        generic: centres of the head's vectors on the training photos.
+        generic_log_share: logarithm of the share of cells that each centre stands for.
     """
 
-    dim = 2 * TEXT_DIM
+    dim = 2 * TEXT_DIM + 1
     temperature = TEMPERATURE
-    is_packaged = True
+    generic: Tensor
+    generic_log_share: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,6 +189,8 @@ class MiniText(nn.Module):
         state = read_state(folder / "model.safetensors")
         names = self.bert.state_dict().keys()
         self.bert.load_state_dict({name: state[name] for name in names})
+        self.register_buffer("generic", torch.zeros(NUM_GENERIC, TEXT_DIM))
+        self.register_buffer("generic_log_share", torch.zeros(NUM_GENERIC))
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "N L"]:
         """Token ids, zero-padded, L = length of the longest text (at most 64 tokens)."""
@@ -165,7 +218,13 @@ class MiniText(nn.Module):
         hidden = self.bert(inputs_embeds=words, attention_mask=mask).last_hidden_state
         weights = mask[..., None]
         sentence = F.normalize((hidden * weights).sum(dim=1) / weights.sum(dim=1), dim=-1)
-        return torch.cat([sentence, sentence], dim=-1) / 2**0.5
+        hub = HEAD_WEIGHT * HUB_WEIGHT * self.generic_score(sentence)
+        return F.normalize(torch.cat([sentence, sentence, -hub[:, None]], dim=-1), dim=-1)
+
+    def generic_score(self, sentences: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+        """Soft maximum of the scores of unit sentence vectors on everyday photos."""
+        scores = sentences @ self.generic.T / HUB_TEMPERATURE + self.generic_log_share
+        return HUB_TEMPERATURE * scores.logsumexp(dim=-1)
 
 
 def build(card: ModelCard, attention: str) -> Backbone:
