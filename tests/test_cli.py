@@ -1,8 +1,10 @@
 """The command line as a user meets it, in a process of its own or in this one."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +107,58 @@ def test_masks_and_scores_on_request(run, model, own_folder):
         assert (stored["scores"].argmax(0) == labels).mean() > 0.95  # stored in half precision
 
 
+def test_a_file_name_that_is_no_text_is_no_reason_to_stop(run, model, own_folder):
+    (own_folder / "photos").mkdir()
+    photo(40, 30).save("photos/z.png")
+    Path("photos/z.png").rename(os.fsdecode(b"photos/n\xe9.png"))
+    photo(40, 30).save("photos/z.png")
+    code, out, _ = run("segment", "photos", "-c", "cat, sky", "-m", model)
+    assert code == 0
+    assert "2 photo(s)" in out
+    assert len(list((own_folder / "pixelclip-out").iterdir())) == 6
+
+
+def test_when_every_photo_fails_each_is_named(run, model, own_folder):
+    (own_folder / "photos").mkdir()
+    for name in "ab":
+        (own_folder / f"photos/{name}.png").write_bytes(b"broken")
+    code, out, err = run("segment", "photos", "-c", "cat, sky", "-m", model, "--json")
+    assert code == 2
+    assert len(json.loads(out)["failed"]) == 2
+    assert "no photo could be segmented" in one_line(err)
+
+
+def test_a_photo_too_large_for_score_maps_stops_nothing_else(run, model, own_folder):
+    (own_folder / "photos").mkdir()
+    Image.new("RGB", (3000, 2500)).save("photos/large.png")
+    photo(40, 30).save("photos/small.png")
+    (own_folder / "words.txt").write_text("\n".join(f"thing {i}" for i in range(200)))
+    code, _, err = run("segment", "photos", "-c", "words.txt", "-m", model, "--templates",
+                         "name", "--scores")  # fmt: skip
+    assert code == 1
+    assert "exceed 4 GiB" in err
+    assert (own_folder / "pixelclip-out/small.scores.npz").is_file()
+
+
+def test_results_say_which_weights_and_attention_made_them(run, model, own_folder):
+    photo(40, 30).save("a.png")
+    run("segment", "a.png", "-c", "cat, sky", "-m", model, "--attention", "sclip", "-q")
+    settings = json.loads((own_folder / "pixelclip-out/a.json").read_text())["settings"]
+    assert settings["attention"] == "sclip"
+    assert settings["weights"].endswith("model.safetensors")
+    assert settings["short_side"] == 64
+
+
+def test_an_output_that_cannot_take_a_letter_does_not_end_the_run(model, own_folder):
+    photo(40, 30).save("a.png")
+    command = [sys.executable, "-m", "pixelclip", "segment", "a.png", "-c", "caf\u00e9, sky",
+               "-m", model]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_background_options_imply_their_mode(run, model, own_folder):
     photo(40, 30).save("a.png")
     run("segment", "a.png", "-c", "cat, sky", "-m", model, "--threshold", "1")
@@ -146,7 +200,11 @@ def test_sample_photos_are_segmented_when_none_is_given(run, model, own_folder):
         (["a.png", "-c", "cat", "--device", "tpu"], "unknown device 'tpu'"),
         (["a.png", "-c", "cat", "--attention", "full"], "unknown attention 'full'"),
         (["a.png", "-c", "cat", "--templates", "none.txt"], "cannot read the template set"),
-        (["a.png", "-c", "cat", "--background", "names"], "no class names"),
+        (["a.png", "-c", "cat", "--background", "names"], "needs names: --background-names"),
+        (["a.png", "-c", "cat", "--templates", "a {} }"], "needs exactly one {}"),
+        (["a.png", "-c", "caf\udce9"], "is not plain text"),
+        (["a" * 300, "-c", "cat"], "File name too long"),
+        (["a.png", "-c", "cat", "-m", ""], "no model name"),
         (["a.png", "-c", "cat", "--threshold", "2"], "threshold: input should be"),
         (["a.png", "-c", "cat", "--threshold", ".2", "--background-names", "sky"], "give one"),
         (["a.png", "-c", "cat", "--background", "none", "--threshold", ".2"], "give one"),
@@ -195,6 +253,19 @@ def test_models_lists_ours_theirs_and_open_clips(run):
     assert "pixelclip-vit-b16-dino" in names
     assert not any(name.startswith(("RN50", "coca", "EVA")) for name in names)
     assert all(row["parameters"] > 1e6 for row in names.values())
+
+
+def test_models_that_do_not_exist_are_answered_with_the_nearest(run):
+    code, _, err = run("models", "pixelklip")
+    assert "nearest: pixelclip" in one_line(err)
+    assert code == 2
+
+
+def test_models_are_plain_lines_for_other_programs(run):
+    _, out, _ = run("models", "pixelclip-")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [line[0] for line in lines][:1] == ["pixelclip-vit-b16"]
+    assert all(len(line) == 4 for line in lines)
 
 
 def test_help_loads_no_torch():

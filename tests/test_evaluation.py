@@ -126,7 +126,35 @@ def test_missing_parts_of_a_data_set_are_named(dataset, part):
         load_folder(dataset)
 
 
-def test_a_photo_without_labels_is_named(dataset):
+def test_a_photo_without_labels_is_listed_and_the_others_count(dataset, segmenter):
     (dataset / "labels/1.png").unlink()
-    with pytest.raises(DataError, match=r"no label map .*1\.png"):
+    report = evaluate(segmenter, load_folder(dataset))
+    assert report["photos"] == 2
+    assert "1.png" in report["failed"][0]
+
+
+def test_an_empty_line_between_class_names_is_refused(dataset):
+    (dataset / "classes.txt").write_text("cat\n\nsky\n")
+    with pytest.raises(DataError, match="class 2 of 3 is empty"):
         load_folder(dataset)
+
+
+def test_class_names_may_come_from_any_editor(dataset):
+    (dataset / "classes.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\nsky\r\n\r\n")
+    assert load_folder(dataset).classes == ("cat", "dog", "sky")
+
+
+def test_strange_files_among_the_photos_are_passed_over(dataset):
+    (dataset / "images/._0.jpg").write_bytes(b"x")
+    (dataset / "images/.DS_Store").write_bytes(b"x")
+    (dataset / "labels/0.png").rename(dataset / "labels/0.PNG")
+    pairs = load_folder(dataset).pairs
+    assert len(pairs) == 3
+    assert pairs[0][1].name == "0.PNG"
+
+
+def test_a_set_without_any_labelled_pixel_is_an_error(dataset, segmenter):
+    for index in range(3):
+        Image.fromarray(np.full((40, 50), 255, np.uint8)).save(dataset / f"labels/{index}.png")
+    with pytest.raises(DataError, match="no pixel of"):
+        evaluate(segmenter, load_folder(dataset))

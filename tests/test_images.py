@@ -1,4 +1,6 @@
-"""Photos of every kind, broken ones too; label maps and overlays."""
+"""Photos of every kind, broken ones too; label maps."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -153,33 +155,59 @@ def test_a_label_map_with_channels_is_refused(tmp_path):
         images.read_labels(tmp_path / "a.png")
 
 
-def test_colours_stay_apart():
-    colours = images.palette(64).astype(int)
-    distance = np.abs(colours[:, None] - colours[None]).sum(-1)
-    np.fill_diagonal(distance, 999)
-    assert distance.min() > 12
-    early = distance[:12, :12]
-    assert early.min() > 60
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_large_turned_photo_is_turned_when_it_is_small(tmp_path, monkeypatch, turn):
+    image = photo(90, 60)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    image.save(tmp_path / "a.png", exif=exif)
+    decoded = images.load_photo(tmp_path / "a.png")
+    size = tuple(side // 3 for side in images.photo_size(decoded))
+    expected = np.asarray(images.resized(decoded, size)).astype(int)
+    monkeypatch.setattr(images, "OVERLAY_PIXELS", 100)
+    turned_late = np.asarray(images.resized(decoded, size)).astype(int)
+    assert np.abs(turned_late - expected).max() <= 2
 
 
-def test_overlay_keeps_the_photo_where_there_is_no_class():
-    image = photo(60, 40)
-    labels = np.full((40, 60), 255, np.uint8)
-    labels[:20] = 1
-    drawn = np.asarray(images.overlay(image, labels, ["cat", "dog"]))[:40]
-    np.testing.assert_array_equal(drawn[22:], np.asarray(image)[22:])
-    assert (drawn[:19] != np.asarray(image)[:19]).mean() > 0.8
+def test_a_16_bit_photo_keeps_its_orientation(tmp_path):
+    grey = Image.fromarray(np.asarray(photo(30, 20).convert("L")).astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey.save(tmp_path / "a.png", exif=exif)
+    assert images.read_photo(tmp_path / "a.png").size == (20, 30)
 
 
-def test_overlay_of_a_large_photo_is_drawn_smaller(monkeypatch):
-    monkeypatch.setattr(images, "OVERLAY_PIXELS", 1000)
-    drawn = images.overlay(photo(100, 80), np.zeros((80, 100), np.uint8), ["cat"])
-    assert drawn.width < 50
+def test_a_float_image_between_0_and_1_is_not_black(tmp_path):
+    values = np.linspace(0, 1, 200, dtype=np.float32).reshape(10, 20)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert np.asarray(images.read_photo(tmp_path / "a.tif")).max() == 255
 
 
-def test_legend_names_only_what_occurs_and_wraps():
-    labels = np.zeros((50, 120), np.uint8)
-    few = images.overlay(photo(120, 50), labels, ["a"] * 1 + [f"word {i}" for i in range(80)])
-    labels[:, :80] = np.arange(80)
-    many = images.overlay(photo(120, 50), labels, ["a"] + [f"word {i}" for i in range(80)])
-    assert many.height > few.height > 50
+def test_formats_whose_readers_start_programs_are_not_tried(tmp_path):
+    header = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    (tmp_path / "a.jpg").write_bytes(header)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "EPS"  # Pillow alone would take it
+    with pytest.raises(DataError, match="not a photo in a known format"):
+        images.read_photo(tmp_path / "a.jpg")
+
+
+def test_pillows_own_limit_survives_many_threads(tmp_path):
+    photo(20, 20).save(tmp_path / "a.png")
+    limit = Image.MAX_IMAGE_PIXELS
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(images.read_photo, [tmp_path / "a.png"] * 200))
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_pictures_of_no_size_or_no_kind_are_refused():
+    for wrong in (Image.new("RGB", (0, 0)), None, b"bytes", 7):
+        with pytest.raises(DataError):
+            images.as_photo(wrong)
+
+
+def test_hidden_folders_are_passed_over(tmp_path):
+    (tmp_path / ".thumbnails").mkdir()
+    (tmp_path / ".thumbnails/a.png").write_bytes(b"x")
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert len(images.find_photos([tmp_path])) == 1

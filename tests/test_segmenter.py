@@ -12,6 +12,7 @@ from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
 from pixelclip.plan import window_starts
 from pixelclip.segmenter import Segmenter
+from pixelclip.vocabulary import check_distinct
 from tests.tiny import photo, tiny_vit
 
 WORDS = ("cat", "sofa, couch", "window", "red bicycle", "tree", "road", "sky", "person", "cup")
@@ -160,15 +161,40 @@ def test_a_photo_cut_into_blocks_equals_one_block(backbone, monkeypatch):
     np.testing.assert_allclose(whole.mean_confidence, blocks.mean_confidence, atol=1e-5)
 
 
-def test_confidence_is_the_softmax_at_grid_points(backbone):
-    segmenter = make(backbone, short_side=64)
-    image = photo(64, 64)
-    result = segmenter(image, confidence=True)
-    features = segmenter.features([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255])[0]
-    chances = (backbone.temperature * features @ segmenter.text.T).softmax(-1).amax(-1)
-    # Pixels 7 and 8 lie on either side of the first grid point, whose value they share nearly.
-    middle = result.confidence[7:9, 7:9].astype(np.float32).mean()
-    assert middle == pytest.approx(float(chances[0, 0]), abs=0.02)
+@pytest.mark.parametrize(("temperature", "worst", "mean"), [(5.0, 0.02, 0.002), (100.0, 0.3, 0.01)])
+def test_confidence_is_the_softmax_of_the_upsampled_scores(
+    backbone, monkeypatch, temperature, worst, mean
+):
+    # Classes that cannot win in a cell are summed in the logarithm, which shows where the scores
+    # of several jump between two cells, as random features and words do at a high temperature.
+    monkeypatch.setattr(type(backbone), "temperature", temperature)
+    for size in ((97, 131), (64, 64), (200, 70)):
+        result = make(backbone)(photo(*size), confidence=True, scores=True)
+        chances = torch.from_numpy(temperature * result.scores).softmax(0).amax(0).numpy()
+        difference = np.abs(chances - result.confidence.astype(np.float32))
+        assert difference.max() < worst
+        assert difference.mean() < mean
+
+
+def test_names_the_model_cannot_tell_apart_are_refused():
+    with pytest.raises(ConfigError, match="'cat' and 'dog' are the same to this model"):
+        check_distinct(torch.ones(3, 4), ["cat", "dog", "sky"])
+    check_distinct(torch.eye(3), ["cat", "dog", "sky"])
+
+
+def test_a_text_of_classes_is_parsed_not_spelled_out(backbone):
+    assert make(backbone, "cat, sky").classes == ("cat", "sky")
+
+
+def test_what_is_no_photo_is_refused(backbone):
+    segmenter = make(backbone)
+    with pytest.raises(DataError, match="no such photo"):
+        segmenter("nowhere.png")
+
+
+def test_contrast_names_that_are_classes_are_refused(backbone):
+    with pytest.raises(ConfigError, match="'cat' occurs twice"):
+        make(backbone, ["cat"], background="names", background_names=("cat",))
 
 
 def test_threshold_background_takes_unsure_pixels(backbone):
@@ -221,7 +247,7 @@ def test_strips_are_not_enlarged_beyond_measure(backbone):
 
 def test_score_maps_that_would_not_fit_are_refused(backbone):
     segmenter = make(backbone, [f"thing {index}" for index in range(1000)])
-    with pytest.raises(ConfigError, match="exceed 4 GiB"):
+    with pytest.raises(DataError, match="exceed 4 GiB"):
         segmenter(Image.new("RGB", (2000, 1000)), scores=True)
 
 

@@ -97,6 +97,26 @@ def test_a_file_has_a_class_per_line(tmp_path):
     assert vocabulary.parse_classes(str(path)) == ("cat", "sofa, couch", "window")
 
 
+def test_a_mark_before_the_first_line_is_no_part_of_a_name(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_bytes(b"\xef\xbb\xbfcat\r\nsky\r\n")
+    assert vocabulary.parse_classes(str(path)) == ("cat", "sky")
+
+
+def test_a_json_file_holds_a_list(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text('["cat", "sofa, couch"]')
+    assert vocabulary.parse_classes(str(path)) == ("cat", "sofa, couch")
+    path.write_text('{"cat": 1}')
+    with pytest.raises(ConfigError, match="must hold a JSON list"):
+        vocabulary.parse_classes(str(path))
+
+
+def test_names_may_hold_a_slash_and_stand_in_lines():
+    assert vocabulary.parse_classes("TV/monitor, cat") == ("TV/monitor", "cat")
+    assert vocabulary.parse_classes("cat\nsofa, couch\n") == ("cat", "sofa, couch")
+
+
 def test_a_list_is_known_by_name():
     assert vocabulary.parse_classes("voc-20")[0] == "aeroplane"
 

@@ -11,17 +11,21 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixelclip.errors import ModelError
+from pixelclip.files import replacing
 
 State = dict[str, Tensor]
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(gt=0, le=1)]
 
 FORMAT_VERSION = "1"
 
@@ -38,7 +42,7 @@ class ModelCard(BaseModel):
         std: pixel standard deviation per RGB channel.
         short_side: network input used by default, in pixels, for the photo's shorter side.
         square: network input of the authors' protocol, in pixels (behaviour.md 9).
-        templates: name of the template set used by default.
+        templates: name of the built-in template set used by default.
         licence: of the weights, as far as known.
     """
 
@@ -47,11 +51,11 @@ class ModelCard(BaseModel):
     name: str
     family: str
     config: dict[str, object] = {}
-    activation: str = "gelu"
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    short_side: int = 336
-    square: int = 320
+    activation: Literal["gelu", "quickgelu"] = "gelu"
+    mean: tuple[Share, Share, Share]
+    std: tuple[Spread, Spread, Spread]
+    short_side: int = Field(336, ge=16, le=8192)
+    square: int = Field(320, ge=16, le=8192)
     templates: str = "imagenet-select"
     licence: str = "unknown"
 
@@ -66,15 +70,8 @@ def cache_dir() -> Path:
 
 def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors under a temporary name, then rename: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-        part = Path(file.name)
-    try:
+    with replacing(path) as part:
         save_file(_apart(state), part, metadata=metadata)
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _apart(state: Mapping[str, Tensor]) -> State:
@@ -166,7 +163,7 @@ def _load_pickle(path: Path) -> object:
                 "ask its author for a state dict or a safetensors file"
             ) from error
         raise ModelError(f"{path} is not a weight file, or is damaged") from error
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle raises anything
         line = str(error).strip().splitlines()

@@ -1,6 +1,8 @@
 """The command line: one command per file of `commands/`, every mistake one line."""
 
+import io
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -13,7 +15,9 @@ from pixelclip.commands.segment import segment_command
 from pixelclip.errors import PixelClipError
 
 # Typer carries its own copy of click or uses the installed one, depending on its version.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_UsageError: type[Exception] = next(
+    cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "UsageError"
+)
 
 app = typer.Typer(
     name="pixelclip",
@@ -44,6 +48,8 @@ def options(
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 some photos failed, 2 nothing could be done."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name must not end a finished run
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("pixelclip: %(message)s"))
     logging.getLogger("pixelclip").addHandler(handler)
@@ -56,7 +62,13 @@ def main() -> None:
     except _UsageError as error:
         code = _fail(f"{_text(error)} (see pixelclip --help)")
     except (typer.Abort, KeyboardInterrupt):
+        print("pixelclip: stopped; the files that were written are whole", file=sys.stderr)
         code = 130
+    except BrokenPipeError:  # nobody reads on, as in `pixelclip models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit must not fail again
+        code = 141
+    except OSError as error:
+        code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

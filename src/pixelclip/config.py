@@ -62,5 +62,5 @@ def make_config(cls: type[Model], **values: object) -> Model:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"{where.replace('_', '-')}: {first['msg'].lower()} (got {first['input']!r})"
+            f"--{where.replace('_', '-')}: {first['msg'].lower()} (got {first['input']!r})"
         ) from error

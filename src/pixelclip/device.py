@@ -6,7 +6,7 @@ import torch
 
 from pixelclip.errors import ConfigError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda", "mps")  # and cuda:N
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -18,7 +18,7 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     kind, _, index = name.partition(":")
     if kind not in DEVICES or (index and not index.isdigit()):
-        raise ConfigError(f"unknown device {name!r}; available: {', '.join(DEVICES)}")
+        raise ConfigError(f"unknown device {name!r}; available: {', '.join(DEVICES)}, cuda:N")
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")

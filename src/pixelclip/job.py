@@ -3,19 +3,28 @@
 import io
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
-import pixelclip
 from pixelclip.backbones import load_backbone
 from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.images import Photo, find_photos, for_overlay, png_bytes, read_photo, write_bytes
+from pixelclip.files import printable
+from pixelclip.images import (
+    Photo,
+    check_writable,
+    find_photos,
+    for_overlay,
+    load_photo,
+    png_bytes,
+    write_bytes,
+)
+from pixelclip.plan import Plan
 from pixelclip.progress import progress_bar
 from pixelclip.samples import sample_photos
 from pixelclip.segmentation import ClassArea, Segmentation
@@ -63,25 +72,29 @@ def segment_photos(
         PixelClipError: nothing could be done.
     """
     groups = _groups(paths, classes)
-    _check_writable(output.folder)
     backbone = load_backbone(model, checkpoint=checkpoint, device=device, attention=attention)
-    done: list[dict[str, object]] = []
-    failed: list[dict[str, str]] = []
+    check_writable(output.folder)
+    done: dict[Photo, dict[str, object]] = {}
+    failed: dict[Photo, str] = {}
     with progress_bar(quiet=output.quiet) as bar:
         task = bar.add_task("segmenting", total=sum(len(photos) for _, photos in groups))
         for names, photos in groups:
             segmenter = Segmenter(backbone, parse_classes(names), config=config)
-            for photo, result, picture in _results(segmenter, photos, scores=output.scores):
-                if isinstance(result, Segmentation) and picture is not None:
-                    done.append(_write(photo, result, picture, segmenter, output))
-                else:
-                    failed.append({"photo": str(photo.path), "error": str(result)})
+            for item in _results(segmenter, photos, scores=output.scores):
+                try:
+                    if isinstance(item, _Failure):
+                        raise item.error
+                    done[item.photo] = _write(item, segmenter, output)
+                except DataError as error:
+                    failed[item.photo] = str(error)
                 bar.advance(task)
-    if not done:
-        more = f" (and {len(failed) - 1} more photos failed)" if len(failed) > 1 else ""
-        raise DataError(failed[0]["error"] + more)
-    _print(done, failed, output)
-    return 1 if failed else 0
+    everything = [photo for _, photos in groups for photo in photos]
+    records = [done[photo] for photo in everything if photo in done]
+    failures = [(printable(p.path), failed[p]) for p in everything if p in failed]
+    _print(records, failures, output)
+    if not records:
+        raise DataError(failures[0][1] if len(failures) == 1 else "no photo could be segmented")
+    return 1 if failures else 0
 
 
 def _groups(paths: list[Path], classes: str | None) -> list[tuple[str, list[Photo]]]:
@@ -94,13 +107,6 @@ def _groups(paths: list[Path], classes: str | None) -> list[tuple[str, list[Phot
     return [(classes or own, [Photo(path, Path(path.stem))]) for path, own in sample_photos()]
 
 
-def _check_writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    probe = folder / ".pixelclip-probe"
-    write_bytes(probe, b"")
-    probe.unlink()
-
-
 class _Waiting(NamedTuple):
     """A photo that was read: what the network gets, and what the overlay is drawn on."""
 
@@ -109,58 +115,70 @@ class _Waiting(NamedTuple):
     picture: Image.Image
 
 
+class _Success(NamedTuple):
+    photo: Photo
+    result: Segmentation
+    picture: Image.Image
+
+
+class _Failure(NamedTuple):
+    photo: Photo
+    error: DataError
+
+
 def _results(
     segmenter: Segmenter, photos: list[Photo], *, scores: bool
-) -> Iterator[tuple[Photo, Segmentation | DataError, Image.Image | None]]:
-    """Each photo with its segmentation, or with the reason why there is none, and its picture.
+) -> Iterator[_Success | _Failure]:
+    """Each photo with its segmentation, or with the reason why there is none.
 
-    A photo is let go as soon as it is resized, so a batch of large ones stays small in memory.
+    Photos of one shape share forward passes, so the order is not kept. A photo is let go as soon
+    as it is resized, so large ones stay small in memory.
     """
-    waiting: list[_Waiting] = []
+    waiting: dict[Plan, list[_Waiting]] = defaultdict(list)
+    size = segmenter.config.batch_size
     for photo in photos:
         try:
-            image = read_photo(photo.path, segmenter.config.max_pixels)
+            image = load_photo(photo.path, segmenter.config.max_pixels)
+            prepared = segmenter.prepare(image)
+            if scores:
+                segmenter.check_score_size(prepared.height, prepared.width)
         except DataError as error:
-            yield photo, error, None
+            yield _Failure(photo, error)
             continue
-        waiting.append(_Waiting(photo, segmenter.prepare(image), for_overlay(image)))
+        waiting[prepared.plan].append(_Waiting(photo, prepared, for_overlay(image)))
         del image
-        if len(waiting) == segmenter.config.batch_size:
-            yield from _run(segmenter, waiting, scores=scores)
-            waiting = []
-    yield from _run(segmenter, waiting, scores=scores)
+        if len(waiting[prepared.plan]) == size:
+            yield from _run(segmenter, waiting.pop(prepared.plan), scores=scores)
+        elif sum(map(len, waiting.values())) >= 4 * size:
+            fullest = max(waiting, key=lambda plan: len(waiting[plan]))
+            yield from _run(segmenter, waiting.pop(fullest), scores=scores)
+    for items in waiting.values():
+        yield from _run(segmenter, items, scores=scores)
 
 
-def _run(
-    segmenter: Segmenter, waiting: list[_Waiting], *, scores: bool
-) -> Iterator[tuple[Photo, Segmentation, Image.Image]]:
-    results = segmenter.run([item.prepared for item in waiting], scores=scores)
-    for item, result in zip(waiting, results, strict=True):
-        yield item.photo, result, item.picture
+def _run(segmenter: Segmenter, items: list[_Waiting], *, scores: bool) -> Iterator[_Success]:
+    results = segmenter.run([item.prepared for item in items], scores=scores)
+    for item, result in zip(items, results, strict=True):
+        yield _Success(item.photo, result, item.picture)
 
 
-def _write(
-    photo: Photo,
-    result: Segmentation,
-    picture: Image.Image,
-    segmenter: Segmenter,
-    output: Output,
-) -> dict[str, object]:
+def _write(item: _Success, segmenter: Segmenter, output: Output) -> dict[str, object]:
     """Write the files of one photo; the JSON comes last, so that it stands for a whole set."""
-    base = output.folder / photo.stem
+    base, result = output.folder / item.photo.stem, item.result
 
     def beside(suffix: str) -> Path:
         return base.with_name(base.name + suffix)
 
     write_bytes(beside(".labels.png"), png_bytes(Image.fromarray(result.labels)))
     if output.overlay:
-        write_bytes(beside(".overlay.png"), png_bytes(result.overlay(picture)))
+        write_bytes(beside(".overlay.png"), png_bytes(result.overlay(item.picture)))
     if output.scores and result.scores is not None:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, scores=result.scores.astype(np.float16),
-                            classes=np.array(result.classes))  # fmt: skip
+        np.savez_compressed(
+            buffer, scores=result.scores.astype(np.float16), classes=np.array(result.classes)
+        )
         write_bytes(beside(".scores.npz"), buffer.getvalue())
-    record = describe(photo.path, result, segmenter, masks=output.masks)
+    record = describe(item.photo.path, result, segmenter, masks=output.masks)
     text = json.dumps(record, indent=2, ensure_ascii=False)
     write_bytes(beside(".json"), f"{text}\n".encode())
     return record
@@ -173,7 +191,7 @@ def describe(
     height, width = result.labels.shape
     areas = result.areas()
     record: dict[str, object] = {
-        "photo": str(path),
+        "photo": printable(path),
         "width": width,
         "height": height,
         "classes": list(result.classes),
@@ -181,9 +199,7 @@ def describe(
         "no_class_pixels": height * width - sum(area["pixels"] for area in areas),
         "no_class_label": result.none,
         "model": segmenter.backbone.card.name,
-        "templates": list(segmenter.templates),
-        "settings": segmenter.config.model_dump(),
-        "version": pixelclip.__version__,
+        "settings": segmenter.description(),
     }
     if masks:
         record["rle"] = result.rles()
@@ -191,18 +207,23 @@ def describe(
     return record
 
 
-def _print(done: list[dict[str, object]], failed: list[dict[str, str]], output: Output) -> None:
+def _print(done: list[dict[str, object]], failures: list[tuple[str, str]], output: Output) -> None:
     if output.json:
-        summary = {"output": str(output.folder), "photos": done, "failed": failed}
-        print(json.dumps(summary, indent=2, ensure_ascii=False))
-    elif not output.quiet:
-        console = Console(highlight=False, markup=False)
+        failed = [{"photo": photo, "error": error} for photo, error in failures]
+        print(
+            json.dumps(
+                {"output": printable(output.folder), "photos": done, "failed": failed}, indent=2
+            )
+        )
+    elif done and not output.quiet:
         for record in done[:20]:
             areas = cast(list[ClassArea], record["areas"])
             shares = ", ".join(f"{area['name']} {100 * area['share']:.0f} %" for area in areas[:6])
-            console.print(f"{record['photo']}: {shares or 'no class'}", soft_wrap=True)
+            print(f"{record['photo']}: {shares or 'no class'}")
         if len(done) > 20:
-            console.print(f"and {len(done) - 20} more")
-        console.print(f"{len(done)} photo(s) -> {output.folder}/ (look at *.overlay.png)")
-    for failure in failed:
-        print(f"pixelclip: failed: {failure['error']}", file=sys.stderr)
+            print(f"and {len(done) - 20} more")
+        look = " (look at *.overlay.png)" if output.overlay else ""
+        print(f"{len(done)} photo(s) -> {printable(output.folder)}/{look}")
+    if done or len(failures) > 1:
+        for _, error in failures:
+            print(f"pixelclip: failed: {error}", file=sys.stderr)

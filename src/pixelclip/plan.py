@@ -37,7 +37,8 @@ def make_plan(config: SegmentConfig, card: ModelCard, stride: int, width: int, h
     """Network input and windows for a photo of that size.
 
     The default keeps the photo's shape, with at least one network pixel per `max_downscale`
-    photo pixels; an explicit `short_side` is taken as it is.
+    photo pixels. An explicit `short_side` is taken as it is, but a strip is not enlarged until
+    it is more than four times as long as `short_side`.
     """
     if config.preset == "authors":
         side = config.short_side or card.square
@@ -70,7 +71,7 @@ def make_axes(
 def window_starts(cells: int, config: SegmentConfig, stride: int) -> tuple[tuple[int, ...], int]:
     """First cells of the windows along one axis, and their length in cells.
 
-    The windows are equally long and evenly spread; neighbours share at least `overlap`.
+    The windows are equally long and evenly spread; neighbours share about `overlap` or more.
     """
     length = max(2, config.window // stride)
     if cells <= length:

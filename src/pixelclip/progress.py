@@ -1,5 +1,7 @@
 """A progress bar with the time left, on stderr."""
 
+import logging
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -15,3 +17,12 @@ def progress_bar(*, quiet: bool) -> Progress:
         disable=quiet,
         transient=True,
     )
+
+
+def hush(quiet: bool) -> None:
+    """Keep notes, and the hub's own bars, from a user who asked for quiet."""
+    if quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        logging.getLogger("pixelclip").setLevel(logging.WARNING)
+        disable_progress_bars()

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Float, Integer
 from PIL import Image
 
-from pixelclip.images import overlay
+from pixelclip.images import MAX_PIXELS, as_photo
+from pixelclip.overlay import overlay
+from pixelclip.rings import simplified, trace_rings
 
 
 class ClassArea(TypedDict):
@@ -26,7 +29,7 @@ def none_label(num_classes: int) -> int:
     return 255 if num_classes <= 255 else 65535
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segmentation:
     """Labels of one photo in its original pixels.
 
@@ -86,26 +89,27 @@ class Segmentation:
             encoded[self.classes[index]] = {"size": list(rle["size"]), "counts": text}
         return encoded
 
-    def polygons(self, tolerance: float = 1.0) -> dict[str, list[list[tuple[float, float]]]]:
-        """Closed rings (x, y) per class that occurs, in pixel coordinates with corners at 0.
+    def polygons(self, tolerance: float = 0.0) -> dict[str, list[list[tuple[float, float]]]]:
+        """Closed rings (x, y) per class that occurs, along pixel edges, corners of the photo at 0.
 
-        Holes are rings of their own; the even-odd rule gives the area back.
+        Holes are rings of their own; the even-odd rule gives the mask back, exactly if
+        `tolerance` is 0.
 
         Args:
             tolerance: how far, in pixels, a ring may be simplified.
         """
-        from skimage.measure import approximate_polygon, find_contours
+        return {
+            self.classes[index]: [simplified(ring, tolerance) for ring in trace_rings(pixels)]
+            for index, pixels in self.masks()
+        }
 
-        rings: dict[str, list[list[tuple[float, float]]]] = {}
-        for index, pixels in self.masks():
-            found = []
-            for contour in find_contours(np.pad(pixels, 1).astype(np.float32), 0.5):
-                ring = approximate_polygon(contour, tolerance)
-                if len(ring) > 3:
-                    found.append([(float(x - 0.5), float(y - 0.5)) for y, x in ring])
-            rings[self.classes[index]] = found
-        return rings
+    def overlay(
+        self, photo: str | Path | Image.Image | np.ndarray, opacity: float = 0.55
+    ) -> Image.Image:
+        """The photo under the colours of its classes, with a legend.
 
-    def overlay(self, photo: Image.Image, opacity: float = 0.55) -> Image.Image:
-        """The photo under the colours of its classes, with a legend."""
-        return overlay(photo, self.labels, self.classes, opacity=opacity)
+        Raises:
+            DataError: the photo cannot be read, or is not the one these labels are of.
+        """
+        source = as_photo(photo, max_pixels=max(MAX_PIXELS, self.labels.size))
+        return overlay(source, self.labels, self.classes, opacity=opacity)

@@ -7,7 +7,7 @@ Working memory is bounded by the window and the class block, whatever the photo'
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -16,15 +16,23 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from pixelclip import __version__
 from pixelclip.backbones import Backbone, load_backbone
 from pixelclip.config import SegmentConfig
 from pixelclip.device import autocast
-from pixelclip.errors import ConfigError
+from pixelclip.errors import ConfigError, DataError, ModelError
 from pixelclip.images import as_photo, photo_size, resized
 from pixelclip.plan import AUTHORS_GRID, Plan, authors_size, make_axes, make_plan, taper
 from pixelclip.segmentation import Segmentation, none_label
 from pixelclip.upsample import CLASS_BLOCK, Axis, upsample_grid, upsampled_confidence
-from pixelclip.vocabulary import check_classes, class_features, parse_templates
+from pixelclip.vocabulary import (
+    check_classes,
+    check_distinct,
+    class_features,
+    parse_classes,
+    parse_templates,
+    template_sets,
+)
 
 PhotoSource = str | Path | Image.Image | np.ndarray
 
@@ -54,7 +62,7 @@ class Segmenter:
 
     Args:
         model: a backbone, or a name for `load_backbone`.
-        classes: names; a comma inside a name separates synonyms.
+        classes: names, a comma inside one separating synonyms; or a text for `parse_classes`.
         config: see `SegmentConfig`.
         device: used when `model` is a name.
         cache: keep text features on disk.
@@ -67,28 +75,45 @@ class Segmenter:
     def __init__(
         self,
         model: Backbone | str,
-        classes: Sequence[str],
+        classes: Sequence[str] | str,
         *,
         config: SegmentConfig | None = None,
         device: str = "auto",
         cache: bool = True,
     ):
         self.config = config or SegmentConfig()
-        self.classes = check_classes(classes)
-        if len(self.classes) >= 65535:
-            raise ConfigError(f"{len(self.classes)} classes; a 16-bit label map holds 65534")
+        self.classes = (
+            parse_classes(classes) if isinstance(classes, str) else check_classes(classes)
+        )
         contrast: tuple[str, ...] = ()
         if self.config.background == "names":
-            contrast = check_classes(self.config.background_names)
+            contrast = self.config.background_names
+            if not contrast:
+                raise ConfigError('background by names needs names: --background-names "wall, sky"')
+        names = check_classes([*self.classes, *contrast])
+        if len(names) >= 65535:
+            raise ConfigError(f"{len(names)} names; a 16-bit label map holds 65534")
         self.backbone = load_backbone(model, device=device) if isinstance(model, str) else model
-        self.templates = parse_templates(self.config.templates or self.backbone.card.templates)
+        self.templates = self._templates()
         self.text = class_features(
             self.backbone,
-            [*self.classes, *contrast],
+            names,
             self.templates,
             fix_article=self.config.fix_article,
             cache=cache,
         )
+        check_distinct(self.text, names)
+
+    def _templates(self) -> tuple[str, ...]:
+        """Those of the settings, else the model's own, which a file may only name."""
+        if self.config.templates:
+            return parse_templates(self.config.templates)
+        own = self.backbone.card.templates
+        if own not in template_sets():
+            raise ModelError(
+                f"{self.backbone.card.name} asks for unknown templates {own!r}; give --templates"
+            )
+        return template_sets()[own]
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence of str, but one path here
@@ -115,11 +140,13 @@ class Segmenter:
             scores: keep the cosine of every class and pixel too.
 
         Raises:
-            DataError: a photo cannot be read.
-            ConfigError: score maps were asked for that would not fit in 4 GiB.
+            DataError: a photo cannot be read, or score maps would not fit in 4 GiB.
         """
-        if isinstance(photo, str | Path | Image.Image | np.ndarray):
-            return self.run([self.prepare(photo)], confidence=confidence, scores=scores)[0]
+        single = isinstance(photo, str | bytes | Path | Image.Image | np.ndarray)
+        if single or not isinstance(photo, Iterable):
+            return self.run(
+                [self.prepare(cast(PhotoSource, photo))], confidence=confidence, scores=scores
+            )[0]
         sources = iter(photo)
         results: list[Segmentation] = []
         while batch := list(islice(sources, self.config.batch_size)):
@@ -140,6 +167,32 @@ class Segmenter:
         if self.config.preset == "authors":
             size = authors_size(width, height)
         return Prepared(resized(photo, size), plan, height, width)
+
+    def description(self) -> dict[str, object]:
+        """Everything that the labels depend on beside photo and names."""
+        card, config = self.backbone.card, self.config
+        own = card.square if config.preset == "authors" else card.short_side
+        return {
+            **config.model_dump(),
+            "short_side": config.short_side or own,
+            "templates": list(self.templates),
+            "weights": self.backbone.origin,
+            "attention": getattr(self.backbone.visual, "attention", None),
+            "device": str(self.backbone.device),
+            "version": __version__,
+        }
+
+    def check_score_size(self, height: int, width: int) -> None:
+        """Make sure that the score maps of a photo of that size fit in 4 GiB.
+
+        Raises:
+            DataError: they do not.
+        """
+        if len(self.classes) * height * width * 4 > MAX_SCORE_BYTES:
+            raise DataError(
+                f"score maps of {len(self.classes)} classes at {width} x {height} pixels exceed"
+                " 4 GiB"
+            )
 
     def run(
         self, photos: Sequence[Prepared], *, confidence: bool = False, scores: bool = False
@@ -178,7 +231,7 @@ class Segmenter:
         parts = []
         for start in range(0, len(images), self.config.batch_size):
             batch = torch.stack(list(images[start : start + self.config.batch_size]))
-            batch = batch.to(self.backbone.device)
+            batch = batch.to(self.backbone.device, self.backbone.dtype)
             with autocast(batch.device, self.config.precision):
                 features = self.backbone.dense(batch).float()  # [B, D, h, w]
             if self.config.preset == "authors":
@@ -251,13 +304,11 @@ class Segmenter:
     ) -> Segmentation:
         """Labels of a photo from its grid rows."""
         size = (photo.height, photo.width)
+        if scores:
+            self.check_score_size(*size)
         stride = self.backbone.stride
         rows, columns = make_axes(photo.plan, self.config, stride, photo.width, photo.height)
         count = len(self.classes)
-        if scores and len(self.text) * size[0] * size[1] * 4 > MAX_SCORE_BYTES:
-            raise ConfigError(
-                f"score maps of {count} classes at {size[0]} x {size[1]} pixels exceed 4 GiB"
-            )
         labels = np.empty(size, dtype=np.uint8 if count <= 255 else np.uint16)
         sure = np.empty(size, dtype=np.float16) if confidence else None
         maps = np.empty((count, *size), dtype=np.float32) if scores else None
@@ -339,7 +390,7 @@ def squash(pixels: Float[Tensor, "3 H W"], side: int) -> Float[Tensor, "3 S S"]:
 
 
 def segment(
-    photo: PhotoSource, classes: Sequence[str], model: Backbone | str = "mini"
+    photo: PhotoSource, classes: Sequence[str] | str, model: Backbone | str = "mini"
 ) -> Segmentation:
     """Segment one photo with words: the two-line API.
 

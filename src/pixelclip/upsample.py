@@ -92,22 +92,30 @@ def upsampled_confidence(
 ) -> tuple[Shaped[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
     """Best class of every pixel, as from `upsampled_argmax`, and its share in a softmax.
 
-    The softmax's logarithmic sum over classes is upsampled from the grid.
+    The softmax is over the upsampled scores of all classes. Those that can win in the cell count
+    exactly; the sum of all others is interpolated in the logarithm.
     """
     scores = ScoreBlocks(features, text)
-    labels, certain = _argmax(scores, rows, columns)
     norm = torch.stack([(temperature * block).logsumexp(-1) for block in scores]).logsumexp(0)
-    certain *= temperature
-    certain -= upsample_grid(norm, rows, columns)
-    np.exp(certain, out=certain)
-    np.minimum(certain, 1.0, out=certain)
-    return labels, certain
+    return _argmax(scores, rows, columns, Softmax(temperature, norm.float().cpu()))
+
+
+class Softmax(NamedTuple):
+    """What a confidence needs beside scores.
+
+    Attributes:
+        temperature: factor on the scores.
+        norm: (h, w) logarithm of the sum over classes at every grid point.
+    """
+
+    temperature: float
+    norm: Tensor
 
 
 def _argmax(
-    scores: ScoreBlocks, rows: Axis, columns: Axis
+    scores: ScoreBlocks, rows: Axis, columns: Axis, softmax: Softmax | None = None
 ) -> tuple[Shaped[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
-    """Best class and its score for every pixel."""
+    """Best class of every pixel and its score, or with `softmax` its confidence."""
     cells, classes, corners = _candidates(scores)
     height, width = scores.features.shape[:2]
     counts = np.bincount(cells, minlength=height * width)
@@ -129,7 +137,12 @@ def _argmax(
             offsets = np.minimum(np.arange(size), counts[own][:, None] - 1)
             picks = torch.from_numpy(starts[own][:, None] + offsets)
             y, x = np.divmod(members, len(column_runs.cells))
-            value, index = _interpolate(corners[picks], row_runs.weights[y], column_runs.weights[x])
+            weights = _TileWeights.of(row_runs.weights[y], column_runs.weights[x])
+            value, index, all_values = _best(corners[picks], weights)
+            if softmax is not None:
+                real = torch.from_numpy(np.arange(size) < counts[own][:, None])
+                rest = _log_rest(corners[picks], real, softmax, own)
+                value = _confidence(all_values, value, real, weights.interpolate(rest), softmax)
             where = torch.from_numpy(members)
             best[where] = value
             labels[where] = names[picks].gather(1, index.flatten(1)).view(index.shape)
@@ -231,16 +244,56 @@ def _padded_sizes(counts: np.ndarray) -> np.ndarray:
     return np.where((power >= 4) & (counts <= power * 3 // 4), power * 3 // 4, power)
 
 
-def _interpolate(
-    corners: Float[Tensor, "n C 4"], rows: np.ndarray, columns: np.ndarray
-) -> tuple[Float[Tensor, "n p q"], Int[Tensor, "n p q"]]:
-    """Highest interpolated score of tiles that have equally many candidates, and whose it is."""
-    row_weights = torch.from_numpy(rows)[:, None, :, None]  # [n, 1, p, 1]
-    column_weights = torch.from_numpy(columns)[:, None]  # [n, 1, q]
-    left_top, right_top, left_bottom, right_bottom = corners[..., None].unbind(2)  # [n, C, 1]
-    top = torch.lerp(left_top, right_top, column_weights)[:, :, None]  # [n, C, 1, q]
-    bottom = torch.lerp(left_bottom, right_bottom, column_weights)[:, :, None]
-    return torch.lerp(top, bottom, row_weights).max(dim=1)
+class _TileWeights(NamedTuple):
+    """Shares of the lower and right grid points for the pixels of n tiles."""
+
+    rows: Tensor  # [n, 1, p, 1]
+    columns: Tensor  # [n, 1, q]
+
+    @classmethod
+    def of(cls, rows: np.ndarray, columns: np.ndarray) -> "_TileWeights":
+        return cls(torch.from_numpy(rows)[:, None, :, None], torch.from_numpy(columns)[:, None])
+
+    def interpolate(self, corners: Float[Tensor, "n C 4"]) -> Float[Tensor, "n C p q"]:
+        """Values inside the tiles from those at their four corners."""
+        left_top, right_top, left_bottom, right_bottom = corners[..., None].unbind(2)  # [n, C, 1]
+        top = torch.lerp(left_top, right_top, self.columns)[:, :, None]  # [n, C, 1, q]
+        bottom = torch.lerp(left_bottom, right_bottom, self.columns)[:, :, None]
+        return torch.lerp(top, bottom, self.rows)
+
+
+def _best(
+    corners: Float[Tensor, "n C 4"], weights: _TileWeights
+) -> tuple[Float[Tensor, "n p q"], Int[Tensor, "n p q"], Float[Tensor, "n C p q"]]:
+    """Highest interpolated score in tiles of equally many candidates, whose it is, and all."""
+    values = weights.interpolate(corners)
+    best, index = values.max(dim=1)
+    return best, index, values
+
+
+def _log_rest(
+    corners: Float[Tensor, "n C 4"], real: Tensor, softmax: Softmax, cells: np.ndarray
+) -> Float[Tensor, "n 1 4"]:
+    """Logarithm of the sum over classes that are no candidates, at the corners of cells."""
+    height, width = softmax.norm.shape
+    y, x = (torch.from_numpy(part) for part in np.divmod(cells, width))
+    y1, x1 = (y + 1).clamp(max=height - 1), (x + 1).clamp(max=width - 1)
+    norm = torch.stack([softmax.norm[i, j] for i, j in ((y, x), (y, x1), (y1, x), (y1, x1))], 1)
+    shares = torch.exp(softmax.temperature * corners - norm[:, None]) * real[..., None]
+    return (norm + torch.log((1 - shares.sum(1)).clamp(min=1e-9)))[:, None]
+
+
+def _confidence(
+    values: Float[Tensor, "n C p q"],
+    best: Float[Tensor, "n p q"],
+    real: Tensor,
+    log_rest: Float[Tensor, "n 1 p q"],
+    softmax: Softmax,
+) -> Float[Tensor, "n p q"]:
+    """Share of the best class in the sum over candidates and all others."""
+    others = (softmax.temperature * (values - best[:, None])).exp_() * real[..., None, None]
+    rest = torch.exp(log_rest[:, 0] - softmax.temperature * best)
+    return 1 / (others.sum(1) + rest)
 
 
 def _assemble(tiles: Shaped[Tensor, "n p q"], rows: _Runs, columns: _Runs) -> Tensor:

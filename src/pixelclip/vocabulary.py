@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from pixelclip import __version__
 from pixelclip.backbones import Backbone, Text
 from pixelclip.checkpoint import cache_dir, read_state, write_safetensors
 from pixelclip.errors import ConfigError, ModelError
@@ -42,6 +44,7 @@ MINI = (
 )
 
 TEXTS_PER_CALL = 256
+CLASS_SUFFIXES = {".txt", ".csv", ".json"}
 
 
 @cache
@@ -83,7 +86,7 @@ def check_templates(templates: Sequence[str], origin: str) -> tuple[str, ...]:
     if not templates:
         raise ConfigError(f"{origin} holds no template; write one per line, with {{}} for the name")
     for template in templates:
-        if template.count("{}") != 1 or template.replace("{}", "").count("{"):
+        if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
             raise ConfigError(f"template {template!r} in {origin} needs exactly one {{}}")
     return tuple(templates)
 
@@ -92,8 +95,8 @@ def parse_classes(text: str) -> tuple[str, ...]:
     """Class names from a built-in list, a file with one per line, or a list in the text.
 
     In a text, commas separate classes; where it holds a semicolon, semicolons do, and commas
-    separate synonyms: "cat; sofa, couch; window". In a file a line is a class, commas in it
-    separate synonyms.
+    separate synonyms: "cat; sofa, couch; window". In a file, or in a text of several lines, a
+    line is a class, commas in it separate synonyms. A .json file holds a list of names.
 
     Raises:
         ConfigError: there are none, one is empty, or one occurs twice.
@@ -101,9 +104,11 @@ def parse_classes(text: str) -> tuple[str, ...]:
     if text in class_lists():
         return class_lists()[text]
     path = Path(text)
-    if path.suffix in {".txt", ".csv", ".json"} or "/" in text or _is_file(path):
+    if _is_file(path) or (path.suffix in CLASS_SUFFIXES and not set(text) & set(",;\n")):
         lines = _lines(path, "class list", tuple(class_lists()))
         return check_classes([line.strip() for line in lines if line.strip()])
+    if "\n" in text.strip():
+        return check_classes([line.strip() for line in text.splitlines() if line.strip()])
     return check_classes([name.strip() for name in text.split(";" if ";" in text else ",")])
 
 
@@ -117,12 +122,21 @@ def _is_file(path: Path) -> bool:
 
 def _lines(path: Path, what: str, known: tuple[str, ...]) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
             f"cannot read the {what} {path}: {reason}; built in: {', '.join(known)}"
         ) from error
+    if path.suffix != ".json":
+        return text.splitlines()
+    try:
+        lines = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"the {what} {path} is not JSON: {error}") from error
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ConfigError(f"the {what} {path} must hold a JSON list of names")
+    return lines
 
 
 def check_classes(names: Sequence[str]) -> tuple[str, ...]:
@@ -136,6 +150,8 @@ def check_classes(names: Sequence[str]) -> tuple[str, ...]:
     for index, name in enumerate(names):
         if not all(part.strip() for part in name.split(",")):
             raise ConfigError(f"class {index + 1} of {len(names)} is empty or has an empty synonym")
+        if any(unicodedata.category(letter) in {"Cc", "Cs"} for letter in name):
+            raise ConfigError(f"class {index + 1} of {len(names)} is not plain text: {name!a}")
     seen: dict[str, str] = {}
     for name in names:
         if (key := name.strip().casefold()) in seen:
@@ -157,7 +173,7 @@ def fill(template: str, name: str, *, fix_article: bool = False) -> str:
             if template.startswith(f"{article} {{}}"):
                 template = f"{article}n {template[2:]}"
             template = template.replace(f" {article} {{}}", f" {article}n {{}}")
-    return template.format(name)
+    return template.replace("{}", name)
 
 
 @torch.no_grad()
@@ -230,7 +246,7 @@ def class_features(
     text = cast(Text, backbone.text)
     if not cache:
         return encode_classes(text, names, templates, fix_article=fix_article)
-    key = json.dumps([backbone.text_hash, list(names), list(templates), fix_article])
+    key = json.dumps([__version__, backbone.text_hash, list(names), list(templates), fix_article])
     path = cache_dir() / "text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.is_file():
         try:
@@ -243,3 +259,20 @@ def class_features(
     with contextlib.suppress(OSError):
         write_safetensors(path, {"features": features}, {"format": "pt"})
     return features
+
+
+def check_distinct(features: Float[Tensor, "K D"], names: Sequence[str]) -> None:
+    """Make sure that the model tells all names apart.
+
+    Raises:
+        ConfigError: two names have the same features, as those in a script the model cannot read.
+    """
+    rounded = (features * 1e5).round().cpu()
+    _, owners, counts = rounded.unique(dim=0, return_inverse=True, return_counts=True)
+    if bool((counts > 1).any()):
+        twin = int(owners[(counts > 1)[owners].nonzero()[0, 0]])
+        first, second = [names[int(k)] for k in (owners == twin).nonzero()[:2, 0]]
+        raise ConfigError(
+            f"class names {first!r} and {second!r} are the same to this model; give one of them"
+            " (or words in a language and script that it reads)"
+        )

@@ -70,7 +70,10 @@ class Backbone(nn.Module):
         visual: forward is dense; a momentum teacher is `copy.deepcopy(backbone.visual)`.
         text: frozen everywhere.
         card: name, architecture, pixel statistics and defaults.
+        origin: where the weights come from: a name, a hub file or a path.
     """
+
+    origin: str = "random"
 
     def __init__(self, visual: nn.Module, text: nn.Module, card: ModelCard):
         super().__init__()
@@ -99,6 +102,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return next(self.visual.parameters()).dtype
 
     @cached_property
     def text_hash(self) -> str:
@@ -189,6 +197,7 @@ def load_backbone(
     backbone = build_backbone(card, attention)
     if state is not None:
         _fill(backbone, state, origin)
+        backbone.origin = origin
     return backbone.to(where)
 
 
@@ -217,6 +226,9 @@ def _fill(backbone: Backbone, state: State, origin: object) -> None:
     dead = ("attn_mask", "input_resolution", "context_length", "vocab_size")
     found = {key: value for key, value in state.items() if key not in dead}
     check_fit(expected, found, origin)
+    broken = [key for key, tensor in found.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise ModelError(f"{origin} is damaged: {broken[0]} holds values that are no numbers")
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(found[key])

@@ -147,9 +147,9 @@ def make_card(
 def licence(name: str) -> str:
     """Licence of a model's weights as its publisher states it, by the name of the weights."""
     if name in LOCAL:
-        return "see weights/mini-base.md"
+        return "Apache-2.0 parts; alignment for research use"
     if name.startswith("pixelclip-"):
-        return "see the authors' repository"
+        return "not stated in the files"
     tag = name.partition("/")[2]
     if tag.startswith("dfn"):
         return "Apple AMLR (research)"

@@ -30,7 +30,8 @@ def build(card: ModelCard, attention: str) -> Backbone:
             **{**card.config, "vision_cfg": vision}, quick_gelu=card.activation == "quickgelu"
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
-        raise ModelError(f"cannot build {card.name}: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ModelError(f"cannot build {card.name}: {reason}") from error
     tower = clip.visual
     visual: nn.Module
     if isinstance(tower, TimmModel):

@@ -60,6 +60,8 @@ def resolve(name: str, *, weights_wanted: bool = True) -> Source:
     Raises:
         ModelError: there is no such model, or it cannot be used.
     """
+    if not name.strip():
+        raise ModelError("no model name; see pixelclip models")
     if name in catalog.LOCAL:
         from pixelclip.backbones import mini
 
@@ -166,13 +168,14 @@ def _local(path: Path) -> Source:
 
 
 def weight_file(path: Path) -> Path:
-    """The weight file of a path: itself, or the one in a run directory.
+    """The weight file of a path: itself, or the one in a folder of ours or of open_clip.
 
     Raises:
         ModelError: there is none.
     """
     if path.is_dir():
-        path = path / RUN_FILES[0]
+        names = (*RUN_FILES, *HUB_FILES)
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
     if not path.is_file():
         raise ModelError(f"no such weight file: {path}")
     return path

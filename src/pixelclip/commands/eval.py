@@ -48,9 +48,11 @@ def eval_command(
     from pixelclip.config import SegmentConfig, make_config
     from pixelclip.evaluation.datasets import load_folder
     from pixelclip.evaluation.evaluate import evaluate, print_report, write_report
-    from pixelclip.progress import progress_bar
+    from pixelclip.images import check_writable
+    from pixelclip.progress import hush, progress_bar
     from pixelclip.segmenter import Segmenter
 
+    hush(quiet)
     config = make_config(
         SegmentConfig,
         preset=preset,
@@ -60,6 +62,8 @@ def eval_command(
         max_pixels=max_pixels,
     )
     dataset = load_folder(data)
+    if json_file is not None:
+        check_writable(json_file.parent)
     backbone = load_backbone(model, checkpoint=checkpoint, device=device, attention=attention)
     segmenter = Segmenter(backbone, dataset.classes, config=config)
     with progress_bar(quiet=quiet) as bar:

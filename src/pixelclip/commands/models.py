@@ -13,8 +13,12 @@ def models_command(
     ] = "",
     json_output: Json = False,
 ) -> int:
-    """List the models that can be loaded by name: size, licence, what is on this machine."""
+    """List the models that can be loaded by name: size, licence, what is on this machine.
+
+    Into a file or another program: name, parameters, licence, here, separated by tabs.
+    """
     import json
+    import sys
 
     from rich.console import Console
     from rich.table import Table
@@ -25,15 +29,21 @@ def models_command(
     if json_output:
         print(json.dumps(rows, indent=2))
         return 0
-    table = Table("model", "parameters", "licence of the weights", "on this machine")
+    if not rows:
+        from pixelclip.backbones.catalog import unknown_model
+
+        raise unknown_model(pattern)
+    if not sys.stdout.isatty():
+        for row in rows:
+            cached = "here" if row["cached"] else "-"
+            print(row["name"], row["parameters"], row["licence"], cached, sep="\t")
+        return 0
+    table = Table("model", "float32", "licence of the weights", "here", box=None)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[1].justify = "right"
     for row in rows:
-        table.add_row(
-            row["name"],
-            f"{row['parameters'] / 1e6:.0f} M",
-            row["licence"],
-            "yes" if row["cached"] else "no",
-        )
+        size = f"{row['parameters'] * 4 / 1e6:.0f} MB"
+        table.add_row(row["name"], size, row["licence"], "yes" if row["cached"] else "")
     console = Console()
     console.print(table)
     console.print(

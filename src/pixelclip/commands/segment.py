@@ -93,8 +93,10 @@ def segment_command(
     """
     from pixelclip.config import SegmentConfig, make_config
     from pixelclip.job import Output, segment_photos
+    from pixelclip.progress import hush
     from pixelclip.vocabulary import parse_classes
 
+    hush(quiet)
     config = make_config(
         SegmentConfig,
         preset=preset,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.images import PHOTO_SUFFIXES
+from pixelclip.images import is_photo
 from pixelclip.vocabulary import check_classes
 
 IGNORE = 255
@@ -36,22 +36,29 @@ def load_folder(folder: Path) -> SegmentationDataset:
     """The data set in a folder with `images/NAME.jpg`, `labels/NAME.png` and `classes.txt`.
 
     Raises:
-        DataError: a part is missing, or a photo has no label map; it is named.
+        DataError: a part is missing or not usable; it is named. A single photo without a label
+            map is not: evaluation lists it among the failed.
     """
     for part in ("images", "labels", "classes.txt"):
         if not (folder / part).exists():
             raise DataError(f"{folder} has no {part}; a data set has images/, labels/, classes.txt")
     try:
-        lines = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
-        classes = check_classes([line for line in lines if line.strip()])
+        # A line's number is its label, so an empty one between others would shift the rest.
+        text = (folder / "classes.txt").read_text(encoding="utf-8-sig").rstrip()
+        classes = check_classes(text.splitlines())
+        photos = sorted(p for p in (folder / "images").iterdir() if is_photo(p, folder))
+        labels = {
+            path.stem: path
+            for path in (folder / "labels").iterdir()
+            if path.suffix.lower() == ".png"
+        }
     except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise DataError(f"{folder / 'classes.txt'}: {error}") from error
-    photos = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
+        raise DataError(f"{folder} is not a usable data set: {error}") from error
     if not photos:
         raise DataError(f"no photos in {folder / 'images'}")
-    pairs = tuple((photo, folder / "labels" / f"{photo.stem}.png") for photo in photos)
-    missing = [labels.name for _, labels in pairs if not labels.is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"no label map {folder / 'labels' / missing[0]}{more}")
+    if not any(photo.stem in labels for photo in photos):
+        raise DataError(f"no photo in {folder / 'images'} has a label map in {folder / 'labels'}")
+    pairs = tuple(
+        (photo, labels.get(photo.stem, folder / "labels" / f"{photo.stem}.png")) for photo in photos
+    )
     return SegmentationDataset(folder.resolve().name, classes, pairs)

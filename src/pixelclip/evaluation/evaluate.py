@@ -12,7 +12,6 @@ from jaxtyping import Int, Integer
 from rich.console import Console
 from rich.table import Table
 
-import pixelclip
 from pixelclip.errors import DataError
 from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.metrics import (
@@ -70,6 +69,8 @@ def evaluate(
         on_photo()
     if len(failed) == len(dataset.pairs):
         raise DataError(f"none of the {len(failed)} photos could be used; first: {failed[0]}")
+    if not matrix.any():
+        raise DataError(f"no pixel of {dataset.name} is labelled")
     return report(segmenter, dataset, matrix, failed)
 
 
@@ -112,12 +113,8 @@ def report(
     ious = iou_per_class(matrix)
     names = json.dumps(list(segmenter.classes), ensure_ascii=False)
     settings: dict[str, object] = {
-        **segmenter.config.model_dump(),
-        "templates": list(segmenter.templates),
-        "short_side": segmenter.config.short_side or segmenter.backbone.card.short_side,
         "classes_sha256": hashlib.sha256(names.encode()).hexdigest(),
-        "attention": getattr(segmenter.backbone.visual, "attention", None),
-        "version": pixelclip.__version__,
+        **segmenter.description(),
     }
     return Report(
         dataset=dataset.name,
