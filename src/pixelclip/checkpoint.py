@@ -36,7 +36,7 @@ class ModelCard(BaseModel):
     Attributes:
         name: what `--model` was, or the name of the run.
         family: key of `BACKBONES`: vit, convnext or mini.
-        config: architecture: open_clip's model configuration; empty for mini.
+        config: architecture: open_clip's model configuration; for mini, `MiniConfig`.
         activation: quickgelu or gelu; a wrong one costs accuracy in silence, so it is checked.
         mean: pixel mean per RGB channel, pixels in [0, 1].
         std: pixel standard deviation per RGB channel.

@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -42,18 +43,38 @@ LEVEL_CHANNELS = (48, 120, 352)
 LAST_CHANNELS = 1280
 HEAD_CHANNELS = LAST_CHANNELS + sum(LEVEL_CHANNELS)
 HIDDEN = 320
-CONSE_TOP = 20
-CONSE_TEMPERATURE = 1.5
-HEAD_WEIGHT = 2.5  # the second part has weight 1, the constant too
-CONTRAST = 0.3  # share of the photo's mean vector that is taken from every cell
-AFFINITY_TEMPERATURE = 0.2
-AFFINITY_RADIUS = 3.0  # standard deviation of the distance, in cells
-AFFINITY_STEPS = 2
 NUM_GENERIC = 128
-HUB_TEMPERATURE = 0.03
-HUB_WEIGHT = 0.3
 MAX_TOKENS = 64
-TEMPERATURE = 20.0
+
+
+class MiniConfig(BaseModel):
+    """Numbers that belong to the weights; they stand in the card of the checkpoint.
+
+    Attributes:
+        head_weight: of the first part; the second part and the constant have weight 1.
+        conse_top: ImageNet classes per cell that the second part is made of.
+        conse_temperature: divisor of their logits.
+        contrast: share of the photo's mean vector that is taken from every cell.
+        affinity_temperature: divisor of the similarity of cells.
+        affinity_radius: standard deviation of the distance of cells, in cells.
+        affinity_steps: how often cells are smoothed.
+        hub_temperature: of the soft maximum over everyday photos.
+        hub_weight: of that score in the constant part.
+        temperature: factor on cosines before a softmax over classes, for confidences.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    head_weight: float = Field(gt=0, le=100)
+    conse_top: int = Field(ge=1, le=NUM_CLASSES)
+    conse_temperature: float = Field(gt=0, le=100)
+    contrast: float = Field(ge=0, le=1)
+    affinity_temperature: float = Field(gt=0, le=100)
+    affinity_radius: float = Field(gt=0, le=1000)
+    affinity_steps: int = Field(ge=0, le=16)
+    hub_temperature: float = Field(gt=0, le=100)
+    hub_weight: float = Field(ge=0, le=100)
+    temperature: float = Field(gt=0, le=1000)
 
 
 class AlignmentHead(nn.Module):
@@ -80,7 +101,9 @@ class AlignmentHead(nn.Module):
         return self.linear(cells) + self.outer(F.gelu(self.inner(cells)))
 
 
-def cell_affinity(levels: Float[Tensor, "B h w C"]) -> Float[Tensor, "B n n"]:
+def cell_affinity(
+    levels: Float[Tensor, "B h w C"], *, temperature: float, radius: float
+) -> Float[Tensor, "B n n"]:
     """How much each cell listens to each other one, n = h * w; rows sum to 1.
 
     A cell listens to cells whose feature levels point the same way and which lie near. Memory is
@@ -88,6 +111,8 @@ def cell_affinity(levels: Float[Tensor, "B h w C"]) -> Float[Tensor, "B n n"]:
 
     Args:
         levels: standardised, without the tower's last map.
+        temperature: divisor of the mean cosine of the levels.
+        radius: standard deviation of the distance, in cells.
     """
     height, width = levels.shape[1:3]
     parts = levels.flatten(1, 2).split(LEVEL_CHANNELS, dim=-1)
@@ -97,7 +122,7 @@ def cell_affinity(levels: Float[Tensor, "B h w C"]) -> Float[Tensor, "B n n"]:
     columns = torch.arange(width, device=levels.device, dtype=levels.dtype)
     places = torch.cartesian_prod(rows, columns)  # [n, 2]
     squares = (places[:, None] - places).square().sum(dim=-1)
-    logits = similarity / AFFINITY_TEMPERATURE - squares / (2 * AFFINITY_RADIUS**2)
+    logits = similarity / temperature - squares / (2 * radius**2)
     return logits.softmax(dim=-1)
 
 
@@ -110,8 +135,9 @@ class MiniVisual(nn.Module):
     std: Tensor
     prototypes: Tensor
 
-    def __init__(self, card: ModelCard) -> None:
+    def __init__(self, card: ModelCard, config: MiniConfig) -> None:
         super().__init__()
+        self.config = config
         self.tower = timm.create_model("tf_efficientnet_lite2", output_stride=STRIDE)
         self.head = AlignmentHead()
         self.register_buffer("prototypes", torch.zeros(NUM_CLASSES, TEXT_DIM))
@@ -126,12 +152,16 @@ class MiniVisual(nn.Module):
         """
         last, levels = self.levels(images)
         height, width = last.shape[1:3]
-        head = HEAD_WEIGHT * F.normalize(self.head(levels), dim=-1)
+        head = self.config.head_weight * F.normalize(self.head(levels), dim=-1)
         named = F.normalize(self.named_classes(last), dim=-1)
         cells = torch.cat([head, named], dim=-1).flatten(1, 2)  # [B, hw, D - 1]
-        cells = cells - CONTRAST * cells.mean(dim=1, keepdim=True)
-        affinity = cell_affinity(self.head.standardise(levels)[..., LAST_CHANNELS:])
-        for _ in range(AFFINITY_STEPS):
+        cells = cells - self.config.contrast * cells.mean(dim=1, keepdim=True)
+        affinity = cell_affinity(
+            self.head.standardise(levels)[..., LAST_CHANNELS:],
+            temperature=self.config.affinity_temperature,
+            radius=self.config.affinity_radius,
+        )
+        for _ in range(self.config.affinity_steps):
             cells = affinity @ cells
         cells = F.normalize(F.pad(cells, (0, 1), value=1.0), dim=-1)  # the constant part
         return cells.mT.unflatten(2, (height, width))
@@ -156,8 +186,8 @@ class MiniVisual(nn.Module):
 
     def named_classes(self, last: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w D"]:
         """Mean name vector of each cell's likeliest ImageNet classes, weighted by probability."""
-        logits = self.tower.classifier(last) / CONSE_TEMPERATURE
-        probabilities, classes = logits.softmax(dim=-1).topk(CONSE_TOP, dim=-1)
+        logits = self.tower.classifier(last) / self.config.conse_temperature
+        probabilities, classes = logits.softmax(dim=-1).topk(self.config.conse_top, dim=-1)
         return torch.zeros_like(logits).scatter(-1, classes, probabilities) @ self.prototypes
 
     def pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
@@ -176,12 +206,12 @@ class MiniText(nn.Module):
     """
 
     dim = 2 * TEXT_DIM + 1
-    temperature = TEMPERATURE
     generic: Tensor
     generic_log_share: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, config: MiniConfig) -> None:
         super().__init__()
+        self.config = config
         folder = text_folder()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = BertConfig.from_pretrained(folder, local_files_only=True)
@@ -191,6 +221,11 @@ class MiniText(nn.Module):
         self.bert.load_state_dict({name: state[name] for name in names})
         self.register_buffer("generic", torch.zeros(NUM_GENERIC, TEXT_DIM))
         self.register_buffer("generic_log_share", torch.zeros(NUM_GENERIC))
+
+    @property
+    def temperature(self) -> float:
+        """Factor on cosines before a softmax over classes."""
+        return self.config.temperature
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "N L"]:
         """Token ids, zero-padded, L = length of the longest text (at most 64 tokens)."""
@@ -218,19 +253,31 @@ class MiniText(nn.Module):
         hidden = self.bert(inputs_embeds=words, attention_mask=mask).last_hidden_state
         weights = mask[..., None]
         sentence = F.normalize((hidden * weights).sum(dim=1) / weights.sum(dim=1), dim=-1)
-        hub = HEAD_WEIGHT * HUB_WEIGHT * self.generic_score(sentence)
+        weight = self.config.head_weight * self.config.hub_weight
+        hub = weight * self.generic_score(sentence)
         return F.normalize(torch.cat([sentence, sentence, -hub[:, None]], dim=-1), dim=-1)
 
     def generic_score(self, sentences: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         """Soft maximum of the scores of unit sentence vectors on everyday photos."""
-        scores = sentences @ self.generic.T / HUB_TEMPERATURE + self.generic_log_share
-        return HUB_TEMPERATURE * scores.logsumexp(dim=-1)
+        temperature = self.config.hub_temperature
+        scores = sentences @ self.generic.T / temperature + self.generic_log_share
+        return temperature * scores.logsumexp(dim=-1)
 
 
 def build(card: ModelCard, attention: str) -> Backbone:
-    """The offline model with image weights yet to be filled in."""
-    visual = MiniVisual(card).to(memory_format=torch.channels_last)
-    return Backbone(visual, MiniText(), card)
+    """The offline model with image weights yet to be filled in.
+
+    Raises:
+        ModelError: the card's numbers are not usable.
+    """
+    try:
+        config = MiniConfig.model_validate(card.config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ModelError(f"cannot build {card.name}: {where}: {first['msg'].lower()}") from error
+    visual = MiniVisual(card, config).to(memory_format=torch.channels_last)
+    return Backbone(visual, MiniText(config), card)
 
 
 def card() -> ModelCard:
