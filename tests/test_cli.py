@@ -174,7 +174,7 @@ def test_sample_photos_are_segmented_when_none_is_given(run, model, own_folder):
     code, out, _ = run("segment", "-m", model)
     assert code == 0
     assert "6 photo(s)" in out
-    assert (own_folder / "pixelclip-out/chelsea.overlay.png").is_file()
+    assert (own_folder / "pixelclip-out/coffee.overlay.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def main() -> None:
         result = Segmenter(backbone, parse_classes(words), cache=False)(photo)
         drawn = result.overlay(photo)
         overlays.append(scaled(drawn))
-        if path.stem == "chelsea":
+        if path.stem == "china":
             banner(photo, words, drawn).save(TARGET / "banner.jpg", quality=88)
     rows = [overlays[start : start + 3] for start in range(0, len(overlays), 3)]
     heights = [max(image.height for image in row) for row in rows]

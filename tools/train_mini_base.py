@@ -56,13 +56,13 @@ CONFIG = MiniConfig(
     head_weight=4.0,
     conse_top=20,
     conse_temperature=1.5,
-    contrast=0.3,
+    contrast=0.15,
     affinity_temperature=0.2,
     affinity_radius=3.0,
     affinity_steps=3,
     hub_temperature=0.03,
-    hub_weight=0.25,
-    temperature=20.0,
+    hub_weight=0.1,
+    temperature=25.0,
 )
 CARD = ModelCard(
     name="mini-base",

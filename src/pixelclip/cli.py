@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -54,6 +55,7 @@ def main() -> None:
     handler.setFormatter(logging.Formatter("pixelclip: %(message)s"))
     logging.getLogger("pixelclip").addHandler(handler)
     logging.getLogger("pixelclip").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # its errors come back as ours
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
@@ -67,6 +69,12 @@ def main() -> None:
     except BrokenPipeError:  # nobody reads on, as in `pixelclip models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit must not fail again
         code = 141
+    except MemoryError:
+        code = _fail("not enough memory; try a smaller --short-side or --window")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        code = _fail("not enough memory; try a smaller --short-side or --window")
     except OSError as error:
         code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,10 +1,10 @@
 """Writing files so that nobody ever sees half of one."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 
 @contextmanager
@@ -15,11 +15,10 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the folder cannot be made or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-        part = Path(file.name)
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
+        part.open("xb").close()  # the user's own permissions apply
         yield part
-        part.chmod(0o644)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

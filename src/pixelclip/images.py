@@ -219,6 +219,7 @@ def _checked_image(image: Image.Image, max_pixels: int) -> Image.Image:
             f"the photo has {image.width} x {image.height} pixels; 1 to {max_pixels} are allowed"
         )
     try:
+        image.crop((0, 0, 1, 1)).convert("RGB")  # not every mode can become RGB
         return _decoded(image)
     except Exception as error:  # Pillow's parsers raise anything on damaged files
         raise DataError(f"the photo cannot be read: {error}") from error

@@ -80,7 +80,7 @@ def segment_photos(
         task = bar.add_task("segmenting", total=sum(len(photos) for _, photos in groups))
         for names, photos in groups:
             segmenter = Segmenter(backbone, parse_classes(names), config=config)
-            for item in _results(segmenter, photos, scores=output.scores):
+            for item in _results(segmenter, photos, output):
                 try:
                     if isinstance(item, _Failure):
                         raise item.error
@@ -104,7 +104,11 @@ def _groups(paths: list[Path], classes: str | None) -> list[tuple[str, list[Phot
             raise ConfigError('no class names; give some, as in --classes "cat, sofa, window"')
         parse_classes(classes)
         return [(classes, find_photos(paths))]
-    return [(classes or own, [Photo(path, Path(path.stem))]) for path, own in sample_photos()]
+    samples = sample_photos()
+    if classes is not None:
+        parse_classes(classes)
+        return [(classes, [Photo(path, Path(path.stem)) for path, _ in samples])]
+    return [(own, [Photo(path, Path(path.stem))]) for path, own in samples]
 
 
 class _Waiting(NamedTuple):
@@ -112,13 +116,13 @@ class _Waiting(NamedTuple):
 
     photo: Photo
     prepared: Prepared
-    picture: Image.Image
+    picture: Image.Image | None
 
 
 class _Success(NamedTuple):
     photo: Photo
     result: Segmentation
-    picture: Image.Image
+    picture: Image.Image | None
 
 
 class _Failure(NamedTuple):
@@ -127,7 +131,7 @@ class _Failure(NamedTuple):
 
 
 def _results(
-    segmenter: Segmenter, photos: list[Photo], *, scores: bool
+    segmenter: Segmenter, photos: list[Photo], output: Output
 ) -> Iterator[_Success | _Failure]:
     """Each photo with its segmentation, or with the reason why there is none.
 
@@ -140,24 +144,25 @@ def _results(
         try:
             image = load_photo(photo.path, segmenter.config.max_pixels)
             prepared = segmenter.prepare(image)
-            if scores:
+            if output.scores:
                 segmenter.check_score_size(prepared.height, prepared.width)
         except DataError as error:
             yield _Failure(photo, error)
             continue
-        waiting[prepared.plan].append(_Waiting(photo, prepared, for_overlay(image)))
+        picture = for_overlay(image) if output.overlay else None
+        waiting[prepared.plan].append(_Waiting(photo, prepared, picture))
         del image
         if len(waiting[prepared.plan]) == size:
-            yield from _run(segmenter, waiting.pop(prepared.plan), scores=scores)
+            yield from _run(segmenter, waiting.pop(prepared.plan), output)
         elif sum(map(len, waiting.values())) >= 4 * size:
             fullest = max(waiting, key=lambda plan: len(waiting[plan]))
-            yield from _run(segmenter, waiting.pop(fullest), scores=scores)
+            yield from _run(segmenter, waiting.pop(fullest), output)
     for items in waiting.values():
-        yield from _run(segmenter, items, scores=scores)
+        yield from _run(segmenter, items, output)
 
 
-def _run(segmenter: Segmenter, items: list[_Waiting], *, scores: bool) -> Iterator[_Success]:
-    results = segmenter.run([item.prepared for item in items], scores=scores)
+def _run(segmenter: Segmenter, items: list[_Waiting], output: Output) -> Iterator[_Success]:
+    results = segmenter.run([item.prepared for item in items], scores=output.scores)
     for item, result in zip(items, results, strict=True):
         yield _Success(item.photo, result, item.picture)
 
@@ -170,7 +175,7 @@ def _write(item: _Success, segmenter: Segmenter, output: Output) -> dict[str, ob
         return base.with_name(base.name + suffix)
 
     write_bytes(beside(".labels.png"), png_bytes(Image.fromarray(result.labels)))
-    if output.overlay:
+    if item.picture is not None:
         write_bytes(beside(".overlay.png"), png_bytes(result.overlay(item.picture)))
     if output.scores and result.scores is not None:
         buffer = io.BytesIO()

@@ -16,12 +16,12 @@ class Sample(NamedTuple):
 
 
 SAMPLES = (
-    Sample("skimage", "data/chelsea.png", "cat, blanket, wall"),
-    Sample("skimage", "data/coffee.png", "cup, spoon, wooden table"),
-    Sample("skimage", "data/astronaut.png", "astronaut, flag, space shuttle"),
-    Sample("skimage", "data/rocket.jpg", "rocket, sky, launch pad"),
-    Sample("sklearn", "datasets/images/china.jpg", "temple, sky, tree, people"),
-    Sample("sklearn", "datasets/images/flower.jpg", "flower, leaves"),
+    Sample("sklearn", "datasets/images/china.jpg", "temple, sky, bushes, lake"),
+    Sample("skimage", "data/coffee.png", "cup, wooden table"),
+    Sample("skimage", "data/rocket.jpg", "rocket, evening sky, lamps"),
+    Sample("skimage", "data/camera.png", "man, tripod, sky, grass, city"),
+    Sample("skimage", "data/motorcycle_left.png", "motorcycle, ground, shelf"),
+    Sample("sklearn", "datasets/images/flower.jpg", "flower, green leaf"),
 )
 
 

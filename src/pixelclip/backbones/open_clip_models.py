@@ -29,7 +29,15 @@ def build(card: ModelCard, attention: str) -> Backbone:
         clip = CLIP(
             **{**card.config, "vision_cfg": vision}, quick_gelu=card.activation == "quickgelu"
         )
-    except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+    ) as error:
         reason = str(error) or type(error).__name__
         raise ModelError(f"cannot build {card.name}: {reason}") from error
     tower = clip.visual

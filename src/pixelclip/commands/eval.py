@@ -46,6 +46,7 @@ def eval_command(
     """Compare a model's label maps with the truth: mIoU, pixel accuracy, per-class IoU."""
     from pixelclip.backbones import load_backbone
     from pixelclip.config import SegmentConfig, make_config
+    from pixelclip.errors import DataError
     from pixelclip.evaluation.datasets import load_folder
     from pixelclip.evaluation.evaluate import evaluate, print_report, write_report
     from pixelclip.images import check_writable
@@ -64,13 +65,15 @@ def eval_command(
     dataset = load_folder(data)
     if json_file is not None:
         check_writable(json_file.parent)
+        if json_file.is_dir():
+            raise DataError(f"--json {json_file} is a folder; name a file")
     backbone = load_backbone(model, checkpoint=checkpoint, device=device, attention=attention)
     segmenter = Segmenter(backbone, dataset.classes, config=config)
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task(dataset.name, total=len(dataset.pairs))
         report = evaluate(segmenter, dataset, on_photo=lambda: bar.advance(task))
-    if json_file is not None:
-        write_report(json_file, report)
     if not quiet:
         print_report(report)
+    if json_file is not None:
+        write_report(json_file, report)
     return 1 if report["failed"] else 0
