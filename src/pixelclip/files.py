@@ -18,7 +18,9 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         part.open("xb").close()  # the user's own permissions apply
+        permissions = part.stat().st_mode
         yield part
+        part.chmod(permissions)  # some writers make the file anew, with theirs
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
