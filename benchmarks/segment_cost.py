@@ -32,8 +32,8 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
-from pixelclip import segmenter
 from pixelclip.backbones import Backbone, build_backbone, catalog
+from pixelclip.backbones.pixels import squash, to_pixels
 from pixelclip.backbones.vit import DenseViT
 from pixelclip.config import SegmentConfig
 from pixelclip.plan import authors_size
@@ -172,9 +172,7 @@ def make_photo(height: int, width: int) -> Image.Image:
 def network_input(photo: Image.Image) -> Tensor:
     """The photo as both give it to the encoder, before normalising."""
     size = authors_size(photo.width, photo.height)
-    return segmenter.squash(
-        segmenter.to_pixels(photo.resize(size, Image.Resampling.BILINEAR)), SIDE
-    )
+    return squash(to_pixels(photo.resize(size, Image.Resampling.BILINEAR)), SIDE)
 
 
 def make_backbone() -> Backbone:

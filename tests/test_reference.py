@@ -21,10 +21,11 @@ from torch import Tensor
 
 from pixelclip.backbones import Backbone, _fill, build_backbone
 from pixelclip.backbones.catalog import CLIP_MEAN, CLIP_STD, make_card
+from pixelclip.backbones.pixels import squash
 from pixelclip.backbones.text import half_precision
 from pixelclip.backbones.vit import LAST_BLOCKS
 from pixelclip.config import SegmentConfig
-from pixelclip.segmenter import Segmenter, squash
+from pixelclip.segmenter import Segmenter
 from pixelclip.upsample import axis, upsample_grid, upsampled_argmax
 from pixelclip.vocabulary import encode_classes, per_template, template_sets
 

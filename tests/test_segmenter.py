@@ -232,6 +232,16 @@ def test_authors_preset_equals_their_steps(backbone):
     assert (result.labels != expected.argmax(0).numpy()).mean() < 1e-4
 
 
+def test_authors_preset_encodes_names_as_they_do(backbone):
+    def text(**settings):
+        return Segmenter(backbone, WORDS, config=SegmentConfig(**settings), cache=False).text
+
+    exact, theirs = text(), text(preset="authors")
+    assert torch.equal(theirs, text(half_text=True))
+    assert torch.equal(exact, text(preset="authors", half_text=False))
+    assert 0 < (exact - theirs).abs().max() < 5e-3
+
+
 def test_large_photos_keep_a_pixel_in_eight(backbone):
     plan = make(backbone).plan(4000, 3000)
     assert (plan.width, plan.height) == (500, 375)

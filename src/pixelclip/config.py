@@ -15,6 +15,8 @@ class SegmentConfig(BaseModel):
             640, then squashed to a square, features to 64 x 64 (behaviour.md 17 and 18a).
         templates: name of a template set, one template, or a file; empty: the model's own.
         fix_article: write "an" before a vowel; the authors do not.
+        half_text: encode class names in float16, as the authors do with OpenAI's weights
+            (behaviour.md 6c); None: with their preset and such a model.
         short_side: network input for the photo's shorter side, in pixels; None: the model's own.
         max_downscale: large photos keep at least one network pixel per so many photo pixels.
         window: network inputs larger than this, in pixels, are cut into overlapping windows.
@@ -33,6 +35,7 @@ class SegmentConfig(BaseModel):
     preset: Literal["default", "authors"] = "default"
     templates: str = ""
     fix_article: bool = False
+    half_text: bool | None = None
     short_side: int | None = Field(None, ge=16, le=8192)
     max_downscale: float = Field(8.0, ge=1)
     window: int = Field(768, ge=64, le=8192)

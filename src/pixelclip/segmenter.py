@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pixelclip import __version__
 from pixelclip.backbones import Backbone, load_backbone
+from pixelclip.backbones.pixels import squash, to_pixels
 from pixelclip.config import SegmentConfig
 from pixelclip.device import autocast
 from pixelclip.errors import ConfigError, DataError, ModelError
@@ -100,9 +101,17 @@ class Segmenter:
             names,
             self.templates,
             fix_article=self.config.fix_article,
+            half=self._half_text(),
             cache=cache,
         )
         check_distinct(self.text, names)
+
+    def _half_text(self) -> bool:
+        """As set, else as the authors do: with OpenAI's weights or those trained from them."""
+        card = self.backbone.card
+        openai = card.family == "vit" and card.activation == "quickgelu"
+        as_authors = self.config.preset == "authors" and openai
+        return as_authors if self.config.half_text is None else self.config.half_text
 
     def _templates(self) -> tuple[str, ...]:
         """Those of the settings, else the model's own, which a file may only name."""
@@ -377,16 +386,6 @@ class Segmenter:
 
 def _shifted(rows: Axis, start: int, stop: int, first: int) -> Axis:
     return Axis(rows.lower[start:stop] - first, rows.weight[start:stop])
-
-
-def to_pixels(photo: Image.Image) -> Float[Tensor, "3 H W"]:
-    """RGB in [0, 1]."""
-    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).float().div(255)
-
-
-def squash(pixels: Float[Tensor, "3 H W"], side: int) -> Float[Tensor, "3 S S"]:
-    """Bilinear resize to a square without antialiasing (behaviour.md 9)."""
-    return F.interpolate(pixels[None], (side, side), mode="bilinear", align_corners=False)[0]
 
 
 def segment(

@@ -237,16 +237,19 @@ def class_features(
     templates: Sequence[str],
     *,
     fix_article: bool = False,
+    half: bool = False,
     cache: bool = True,
 ) -> Float[Tensor, "K D"]:
     """`encode_classes`, kept on disk under a hash of weights, names and templates.
 
-    A cache that cannot be read or written is passed over.
+    A cache that cannot be read or written is passed over. With `half`, a CLIP's text tower computes
+    in float16.
     """
-    text = cast(Text, backbone.text)
     if not cache:
-        return encode_classes(text, names, templates, fix_article=fix_article)
-    key = json.dumps([__version__, backbone.text_hash, list(names), list(templates), fix_article])
+        return _encode(backbone, names, templates, fix_article=fix_article, half=half)
+    key = json.dumps(
+        [__version__, backbone.text_hash, list(names), list(templates), fix_article, half]
+    )
     path = cache_dir() / "text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.is_file():
         try:
@@ -255,10 +258,28 @@ def class_features(
                 return stored.to(backbone.device)
         except (ModelError, KeyError):
             pass  # a damaged cache file is made again
-    features = encode_classes(text, names, templates, fix_article=fix_article)
+    features = _encode(backbone, names, templates, fix_article=fix_article, half=half)
     with contextlib.suppress(OSError):
         write_safetensors(path, {"features": features}, {"format": "pt"})
     return features
+
+
+def _encode(
+    backbone: Backbone,
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    fix_article: bool,
+    half: bool,
+) -> Float[Tensor, "K D"]:
+    text = cast(Text, backbone.text)
+    if half:
+        from pixelclip.backbones.text import ClipText, half_precision
+
+        if not isinstance(text, ClipText):
+            raise ConfigError(f"{backbone.card.name} has no CLIP text tower to compute in float16")
+        text = half_precision(text)
+    return encode_classes(text, names, templates, fix_article=fix_article)
 
 
 def check_distinct(features: Float[Tensor, "K D"], names: Sequence[str]) -> None:

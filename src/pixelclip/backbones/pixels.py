@@ -1,8 +1,10 @@
-"""What every image tower does first: normalise pixels, pad to whole cells."""
+"""From photos to what image towers compute on: tensors, normalised, padded to whole cells."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 
@@ -31,3 +33,13 @@ def normalise_and_pad(
 def channel_buffer(values: tuple[float, float, float]) -> Float[Tensor, "3 1 1"]:
     """Three channel values in the shape that broadcasts over a batch of images."""
     return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+
+
+def to_pixels(photo: Image.Image) -> Float[Tensor, "3 H W"]:
+    """RGB in [0, 1]."""
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).float().div(255)
+
+
+def squash(pixels: Float[Tensor, "3 H W"], side: int) -> Float[Tensor, "3 S S"]:
+    """Bilinear resize to a square without antialiasing (behaviour.md 9)."""
+    return F.interpolate(pixels[None], (side, side), mode="bilinear", align_corners=False)[0]
