@@ -220,7 +220,7 @@ def test_folder_that_is_no_model_says_why(tmp_path, files, message):
         ),
         (
             {"model_cfg": {"vision_cfg": {"patch_size": 16}, "text_cfg": {"width": 32}}},
-            "cannot build|is not usable|sizes are not positive",
+            "cannot build|is not usable|sizes are not whole numbers",
         ),
     ],
     ids=["no model", "no towers", "foreign text tower", "no embedding size"],

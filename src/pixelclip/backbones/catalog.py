@@ -16,7 +16,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 PLAIN_VISION = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio",
                 "ls_init_value", "patch_dropout"}  # fmt: skip
-PLAIN_SIZES = {"image_size", "layers", "width", "patch_size", "head_width"}
+# No real model is larger; a file that claims more would cost memory before it is refused.
+LARGEST = {"image_size": 4096, "layers": 200, "width": 16384, "patch_size": 1024,
+           "head_width": 4096, "heads": 1024, "context_length": 4096, "vocab_size": 1_000_000,
+           "embed_dim": 16384}  # fmt: skip
 PLAIN_TEXT = {"context_length", "vocab_size", "width", "heads", "layers"}
 
 
@@ -57,9 +60,9 @@ def refusal(config: dict[str, object]) -> str | None:
     if isinstance(vision.get("layers"), list):
         return "its image tower is a ResNet"
     sizes = {**text, "embed_dim": config.get("embed_dim")}
-    sizes |= {} if trunk else {k: v for k, v in vision.items() if k in PLAIN_SIZES}
-    if any(type(size) is not int or size < 1 for size in sizes.values()):
-        return "its sizes are not positive whole numbers"
+    sizes |= {} if trunk else {key: size for key, size in vision.items() if key in LARGEST}
+    if any(type(size) is not int or not 1 <= size <= LARGEST[key] for key, size in sizes.items()):
+        return "its sizes are not whole numbers in a sensible range"
     if not trunk and set(vision) - PLAIN_VISION:
         return "its image tower is not a plain ViT"
     return None
