@@ -38,7 +38,7 @@ from pixelclip.backbones.vit import DenseViT
 from pixelclip.config import SegmentConfig
 from pixelclip.plan import authors_size
 from pixelclip.segmenter import Segmenter
-from pixelclip.upsample import candidates
+from pixelclip.upsample import ScoreBlocks, candidates
 from pixelclip.vocabulary import class_lists
 
 SIZES = ((480, 640), (1024, 2048))
@@ -229,7 +229,7 @@ def measure(photo: Image.Image, text: Tensor, runs: int, clock: str) -> Result:
     ours, theirs = make_segmenter(backbone, text), AuthorsInference(backbone, text)
     pixels = network_input(photo)
     grid = ours.features([pixels])[0]
-    per_cell = np.bincount(candidates(grid, text)[0], minlength=GRID * GRID)
+    per_cell = np.bincount(candidates(ScoreBlocks(grid, text))[0], minlength=GRID * GRID)
     watch = Stopwatch(CLOCKS[clock])
     backbone.dense = watch.wrap(backbone.dense)  # type: ignore[method-assign]
     theirs.encode = watch.wrap(theirs.encode)

@@ -243,19 +243,21 @@ def resized(photo: Photograph, size: tuple[int, int]) -> Image.Image:
         size: width and height wanted, upright.
     """
     if not isinstance(photo, Image.Image):
-        return _resized_bands(photo, (photo.shape[1], photo.shape[0]), size)
+        return _resized_bands(photo, size)
     if photo.width * photo.height <= OVERLAY_PIXELS:
         photo = to_rgb(photo)  # turned first, as anyone would; a large one is turned when small
     turn = TURNS.get(_orientation(photo))
     stored = (size[1], size[0]) if turn in LYING else size
-    result = _resized_bands(photo, photo.size, stored)
+    result = _resized_bands(photo, stored)
     return result if turn is None else result.transpose(turn)
 
 
-def _resized_bands(
-    photo: Photograph, photo_size: tuple[int, int], size: tuple[int, int]
-) -> Image.Image:
-    width, height = photo_size
+def _resized_bands(photo: Photograph, size: tuple[int, int]) -> Image.Image:
+    """The photo as it is stored, not turned, at that width and height."""
+    if isinstance(photo, Image.Image):
+        width, height = photo.size
+    else:
+        height, width = photo.shape[:2]
     result = Image.new("RGB", size)
     scale = height / size[1]
     reach = math.ceil(max(scale, 1.0)) + 1

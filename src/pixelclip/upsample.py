@@ -118,7 +118,7 @@ def _argmax(
     scores: ScoreBlocks, rows: Axis, columns: Axis, softmax: Softmax | None = None
 ) -> tuple[Shaped[np.ndarray, "H W"], Float[np.ndarray, "H W"]]:
     """Best class of every pixel and its score, or with `softmax` its confidence."""
-    cells, classes, corners = _candidates(scores)
+    cells, classes, corners = candidates(scores)
     height, width = scores.features.shape[:2]
     counts = np.bincount(cells, minlength=height * width)
     starts = np.cumsum(counts) - counts
@@ -168,16 +168,12 @@ def upsample_grid(
 
 
 def candidates(
-    features: Float[Tensor, "h w D"], text: Float[Tensor, "K D"]
+    scores: ScoreBlocks,
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"], Float[Tensor, "N 4"]]:
     """Cell, class and corner scores of every class that can win somewhere in a cell.
 
     Ordered by cell, then by class. A cell is named by its top left grid point.
     """
-    return _candidates(ScoreBlocks(features, text))
-
-
-def _candidates(scores: ScoreBlocks) -> tuple[np.ndarray, np.ndarray, Tensor]:
     floor = torch.stack([_corner_bounds(block)[0].amax(-1) for block in scores]).amax(0)  # [h, w]
     found = []
     for number, block in enumerate(scores):

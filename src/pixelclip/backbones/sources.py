@@ -188,8 +188,12 @@ def _authors_model(path: Path) -> str | None:
         state = read_state(path)
         if not any(key.startswith(CLIP_PREFIX) for key in state):
             return None
-    convnext = any("visual.trunk." in key for key in state)
-    return "pixelclip-convnext-b" if convnext else "pixelclip-vit-b16"
+    return "pixelclip-convnext-b" if _is_convnext(state) else "pixelclip-vit-b16"
+
+
+def _is_convnext(state: State) -> bool:
+    """Whether the authors' tensors, converted or not, are those of their ConvNeXt."""
+    return any("visual.trunk." in key for key in state)
 
 
 def _converted_path(path: Path) -> Path:
@@ -223,13 +227,12 @@ def read_any(path: Path, card: ModelCard) -> State:
     """
     state = _converted(path)
     if state is not None:
-        _check_activation(path, card, convnext=any("visual.trunk." in name for name in state))
+        _check_activation(path, card, convnext=_is_convnext(state))
         return state
     state = read_state(path)
     if not any(name.startswith(CLIP_PREFIX) for name in state):
         return state
-    convnext = any(name.startswith(f"{CLIP_PREFIX}visual.trunk.") for name in state)
-    _check_activation(path, card, convnext=convnext)
+    _check_activation(path, card, convnext=_is_convnext(state))
     state = strip_authors(state, path)
     try:
         write_safetensors(_converted_path(path), state, {"format": "pt", "source": path.name})
