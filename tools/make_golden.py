@@ -18,6 +18,8 @@ from safetensors.torch import save
 
 MODELS = ("vit", "convnext")
 PARTS = ("config", "state", "text", "dense", "infer", "infer_small")
+TRAINING = ("b", "c", "sinkhorn", "prompt")  # of the ViT
+DECODER = ("head/conv0.weight", "head/proj.bias")  # first and last to be drawn
 # Step per axis at which a large result is kept; the tests apply the same step to what we compute.
 STRIDES = {
     "dense/320": (1, 2, 2, 1),
@@ -39,17 +41,23 @@ def load_reference(path: Path) -> dict[str, object]:
 
 
 def used_words(values: dict[str, object]) -> torch.Tensor:
-    """Ids of all words in the stored texts."""
+    """Ids of all words in the stored texts and prompts."""
     names = [part.strip() for name in values["config/class_names"] for part in name.split(",")]
     texts = list(values.get("text/tokens/strings", []))
     for kind in ("single", "imagenet_select"):
         texts += [t.format(name) for t in values[f"text/templates/{kind}"] for name in names]
-    return SimpleTokenizer()(texts).unique()
+    words = [SimpleTokenizer()([*texts, "x"]).flatten()]
+    if "prompt/word_ids" in values:
+        words += [values["prompt/word_ids"].flatten(), values["prompt/template_tokens"].flatten()]
+    return torch.cat(words).unique()
 
 
 def select(values: dict[str, object], *, text_tower: bool) -> dict[str, object]:
     """The values the tests need, large ones thinned out."""
     kept = {key: value for key, value in values.items() if key.split("/")[0] in PARTS}
+    if text_tower:
+        kept |= {key: value for key, value in values.items() if key.split("/")[0] in TRAINING}
+        kept |= {key: values[key] for key in DECODER}
     kept["dense/image"] = values[values["dense/image_key"]]
     kept["token_ids"] = used_words(values)
     kept[TOKENS] = values[TOKENS][kept["token_ids"]]

@@ -1,8 +1,13 @@
 """Settings as frozen models; every field has a line of its own on what it means."""
 
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pixelclip.errors import ConfigError
 
@@ -48,11 +53,192 @@ class SegmentConfig(BaseModel):
     max_pixels: int = Field(128_000_000, ge=1)
 
 
+class TrainConfig(BaseModel):
+    """How a model is trained; the defaults are the authors' settings for ViT-B/16.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: photos per step, over all processes and micro-batches.
+        micro_batches: parts that each process cuts its share into, to save memory.
+        seed: of everything that is drawn, but the first prompts, which are the same in all runs.
+        precision: auto, float32 or bfloat16, of the two image towers and the decoder.
+
+        num_clusters: k, class prompts that masks are assigned to.
+        prompt_length: learnable tokens per prompt.
+        prompt_start: `random` words of the vocabulary, as the authors, or common `words`.
+        class_vectors: `prompts` (learnable), `words` (fixed) or `free` (vectors, no text tower).
+        words: for `words`: a class list's name or file, or names with commas; "common" is ours.
+        train_templates: set or template that holds the prompts; several are averaged.
+        assigner: `sinkhorn`; `queue`: Sinkhorn over the masks of the last steps as well;
+            `softmax`: no balancing; `none`: no clusters, every mask is a target of its own and
+            is compared with its own teacher feature.
+        queue_steps: steps whose masks `queue` remembers.
+        temperature: eps, factor on similarities before the assignment.
+        momentum: gamma, of the teacher; 0: no momentum encoder, the student is its own teacher.
+        strong_view: the student sees a distorted view.
+        drop_path: the student drops residual branches as its architecture says (ConvNeXt).
+        authors_defects: compute as the authors' code does where it differs from what was meant:
+            masks are not padded with their photo, all templates use the first one's words, the
+            teacher drops residual branches too (behaviour.md 11d, 6h, 7d).
+
+        short_side: photos are resized to this shorter side, in pixels,
+        long_side: unless the longer one would pass this,
+        crop_size: and cropped to a square of at most this.
+        colour: random brightness, contrast, saturation and hue for both views.
+        same_aspect: a batch holds only wide or only high photos.
+        input_size: network input, in pixels; None: the model's own square.
+        mask_size: targets and loss live on a square of so many pixels.
+        max_pixels: photos with more pixels are passed over.
+
+        finetune: `attention` (with position embedding), `full`, or patterns of weight names.
+        learning_rate: of the decoder.
+        clip_multiplier: of the image tower's rate.
+        prompt_multiplier: of the prompts' rate.
+        weight_decay: but not of norms.
+        clip_norm: gradients of all weights together are scaled down to this norm.
+        loss_mean: over the pixels of all processes (`global`) or of each (`rank`, the authors').
+
+        num_workers: processes that read photos.
+        checkpoint_every: steps.
+        keep_checkpoints: how many of the newest are kept.
+        picture_every: steps between pictures of the clusters; 0: none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    steps: int = Field(10_000, ge=1)
+    batch_size: int = Field(48, ge=1)
+    micro_batches: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    num_clusters: int = Field(64, ge=1, le=65_536)
+    prompt_length: int = Field(4, ge=1, le=64)
+    prompt_start: Literal["random", "words"] = "random"
+    class_vectors: Literal["prompts", "words", "free"] = "prompts"
+    words: str = "common"
+    train_templates: str = "single"
+    assigner: Literal["sinkhorn", "queue", "softmax", "none"] = "sinkhorn"
+    queue_steps: int = Field(16, ge=1)
+    temperature: float = Field(100.0, gt=0)
+    momentum: float = Field(0.999, ge=0, le=1)
+    strong_view: bool = True
+    drop_path: bool = True
+    authors_defects: bool = False
+
+    short_side: int = Field(1024, ge=16, le=8192)
+    long_side: int = Field(1333, ge=16, le=16_384)
+    crop_size: int = Field(640, ge=16, le=8192)
+    colour: bool = True
+    same_aspect: bool = True
+    input_size: int | None = Field(None, ge=16, le=8192)
+    mask_size: int = Field(256, ge=4, le=4096)
+    max_pixels: int = Field(128_000_000, ge=1)
+
+    finetune: Literal["attention", "full"] | tuple[str, ...] = "attention"
+    learning_rate: float = Field(2e-4, gt=0)
+    clip_multiplier: float = Field(0.01, gt=0)
+    prompt_multiplier: float = Field(10.0, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip_norm: float = Field(0.01, gt=0)
+    loss_mean: Literal["global", "rank"] = "global"
+
+    num_workers: int = Field(2, ge=0, le=256)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    picture_every: int = Field(500, ge=0)
+
+    @field_validator("finetune", mode="before")
+    @classmethod
+    def _patterns(cls, value: object) -> object:
+        """Patterns may come as one text with commas."""
+        if isinstance(value, str) and value not in ("attention", "full"):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+
+# May change when a run is resumed: they do not touch the result.
+FREE_TO_CHANGE = {"num_workers", "checkpoint_every", "keep_checkpoints", "picture_every"}
+
+
+def train_config(
+    family: str, recipe: str | None = None, settings: Mapping[str, object] | None = None
+) -> TrainConfig:
+    """Settings of a training run: defaults, the model family's recipe, another one, settings.
+
+    Args:
+        family: of the model: vit, convnext or mini.
+        recipe: name of a recipe in the package, or a TOML file.
+        settings: by name, over everything else; texts are read as TOML values where they are some.
+
+    Raises:
+        ConfigError: a recipe cannot be read, or a value is not allowed.
+    """
+    values: dict[str, object] = {}
+    for name in (family, recipe):
+        if name is not None:
+            values |= read_recipe(name)
+            make_config(TrainConfig, origin=f"recipe {name}", **values)
+    values |= {name: _value(value) for name, value in (settings or {}).items()}
+    return make_config(TrainConfig, origin="--set", **values)
+
+
+def recipe_names() -> list[str]:
+    """The recipes in the package."""
+    folder = files("pixelclip").joinpath("recipes")
+    return sorted(
+        p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
+    )
+
+
+def read_recipe(name: str) -> dict[str, object]:
+    """A recipe's settings.
+
+    Raises:
+        ConfigError: there is no such recipe, or it is no TOML.
+    """
+    if name in recipe_names():
+        return tomllib.loads(files("pixelclip").joinpath(f"recipes/{name}.toml").read_text("utf-8"))
+    try:
+        return tomllib.loads(Path(name).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        available = ", ".join(recipe_names())
+        raise ConfigError(f"cannot read recipe {name}: {error}; available: {available}") from error
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """Names and values of `name=value` texts.
+
+    Raises:
+        ConfigError: one has no `=`.
+    """
+    pairs = [setting.partition("=") for setting in settings]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ConfigError(f"--set {name}: write name=value, as in --set steps=1000")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _value(value: object) -> object:
+    """A text as the TOML value it spells, or as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def make_config(cls: type[Model], **values: object) -> Model:
+def make_config(cls: type[Model], *, origin: str = "", **values: object) -> Model:
     """A settings model from values; None means: not given.
+
+    Args:
+        cls: the settings model.
+        origin: where the values come from, for messages; empty: options of the same names.
+        values: by field.
 
     Raises:
         ConfigError: a value is not allowed; the message names the field.
@@ -63,7 +249,12 @@ def make_config(cls: type[Model], **values: object) -> Model:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"--{where.replace('_', '-')}: {first['msg'].lower()} (got {first['input']!r})"
-        ) from error
+        name = str(first["loc"][0])
+        where = f"{origin} {name}" if origin else f"--{name.replace('_', '-')}"
+        if first["type"] == "extra_forbidden":
+            near = get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.model_fields)}"
+            )
+            raise ConfigError(f"{where}: no such setting; {hint}") from error
+        raise ConfigError(f"{where}: {first['msg'].lower()} (got {first['input']!r})") from error

@@ -3,6 +3,8 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from pixelclip.errors import ConfigError
 
@@ -44,3 +46,11 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
     if precision == "bfloat16" or (precision == "auto" and native):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def all_reduced(values: Tensor, *, largest_of: bool = False) -> Tensor:
+    """Sum, or largest, of a tensor over all processes; itself if there is only one."""
+    if dist.is_available() and dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX if largest_of else dist.ReduceOp.SUM)
+    return values

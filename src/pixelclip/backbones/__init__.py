@@ -48,6 +48,10 @@ class Text(Protocol):
     dim: int
 
     @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens."""
+
+    @property
     def temperature(self) -> float:
         """Factor on cosines before a softmax over classes, as the model was trained."""
 

@@ -232,6 +232,11 @@ class MiniText(nn.Module):
         self.register_buffer("generic_log_share", torch.zeros(NUM_GENERIC))
 
     @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens."""
+        return int(self.bert.config.vocab_size)
+
+    @property
     def temperature(self) -> float:
         """Factor on cosines before a softmax over classes."""
         return self.config.temperature

@@ -34,6 +34,11 @@ class ClipText(nn.Module):
         self.tokenizer = SimpleTokenizer(context_length=self.context_length)
 
     @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens."""
+        return len(self.token_embedding.weight)
+
+    @property
     def temperature(self) -> float:
         """Factor on cosines before a softmax over classes."""
         return float(self.logit_scale.exp().max())
