@@ -11,14 +11,16 @@ from pixelclip.errors import PixelClipError
 if TYPE_CHECKING:
     from pixelclip.backbones import load_backbone
     from pixelclip.segmenter import Segmenter, segment
+    from pixelclip.training.start import train
 
 __version__ = "0.1.0"
-__all__ = ["PixelClipError", "Segmenter", "__version__", "load_backbone", "segment"]
+__all__ = ["PixelClipError", "Segmenter", "__version__", "load_backbone", "segment", "train"]
 
 _HOMES = {
     "Segmenter": "pixelclip.segmenter",
     "segment": "pixelclip.segmenter",
     "load_backbone": "pixelclip.backbones",
+    "train": "pixelclip.training.start",
 }
 
 

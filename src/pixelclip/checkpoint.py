@@ -44,6 +44,9 @@ class ModelCard(BaseModel):
         square: network input of the authors' protocol, in pixels (behaviour.md 9).
         templates: name of the built-in template set used by default.
         licence: of the weights, as far as known.
+        base: model whose text tower belongs to these weights, where the file leaves it out.
+        text_hash: of that text tower.
+        training: how the weights were trained, if here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +61,9 @@ class ModelCard(BaseModel):
     square: int = Field(320, ge=16, le=8192)
     templates: str = "imagenet-select"
     licence: str = "unknown"
+    base: str = ""
+    text_hash: str = ""
+    training: dict[str, object] = {}
 
 
 def cache_dir() -> Path:

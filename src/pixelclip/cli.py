@@ -12,7 +12,10 @@ import typer
 from pixelclip import __version__
 from pixelclip.commands.eval import eval_command
 from pixelclip.commands.models import models_command
+from pixelclip.commands.pull import pull_command
+from pixelclip.commands.push import push_command
 from pixelclip.commands.segment import segment_command
+from pixelclip.commands.train import train_command
 from pixelclip.errors import PixelClipError
 
 # Typer carries its own copy of click or uses the installed one, depending on its version.
@@ -28,7 +31,10 @@ app = typer.Typer(
 )
 app.command("segment")(segment_command)
 app.command("eval")(eval_command)
+app.command("train")(train_command)
 app.command("models")(models_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
 
 
 def _version(wanted: bool | None) -> None:

@@ -102,6 +102,7 @@ class TrainConfig(BaseModel):
         checkpoint_every: steps.
         keep_checkpoints: how many of the newest are kept.
         picture_every: steps between pictures of the clusters; 0: none.
+        tensorboard: write TensorBoard files as well (an extra).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -147,6 +148,7 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     picture_every: int = Field(500, ge=0)
+    tensorboard: bool = False
 
     @field_validator("finetune", mode="before")
     @classmethod
@@ -158,7 +160,9 @@ class TrainConfig(BaseModel):
 
 
 # May change when a run is resumed: they do not touch the result.
-FREE_TO_CHANGE = {"num_workers", "checkpoint_every", "keep_checkpoints", "picture_every"}
+FREE_TO_CHANGE = {
+    "num_workers", "checkpoint_every", "keep_checkpoints", "picture_every", "tensorboard"
+}  # fmt: skip
 
 
 def train_config(

@@ -149,6 +149,7 @@ BACKBONES: dict[str, Callable[[ModelCard, str], Backbone]] = {
 }
 
 
+PROMPTS = "prompts."  # what a run learned beside the image tower; not needed to segment
 PACKAGED = "text.bert."  # frozen and in a package: not part of checkpoints
 
 
@@ -200,9 +201,25 @@ def load_backbone(
         state, origin = sources.read_any(path, card), str(path)
     backbone = build_backbone(card, attention)
     if state is not None:
-        _fill(backbone, state, origin)
+        _fill(backbone, _completed(backbone, state), origin)
         backbone.origin = origin
+        if card.base and backbone.text_hash != card.text_hash:
+            raise ModelError(f"{origin} was trained with another text tower than {card.base} has")
     return backbone.to(where)
+
+
+def _completed(backbone: Backbone, state: State) -> State:
+    """The image tower of a run, completed with the text tower of the model it started from."""
+    state = {key: value for key, value in state.items() if not key.startswith(PROMPTS)}
+    missing = {key for key in exported_state(backbone) if not key.startswith("visual.")} - set(
+        state
+    )
+    if not backbone.card.base or not missing:
+        return state
+    from pixelclip.backbones import sources
+
+    base = sources.resolve(backbone.card.base).read() or {}
+    return state | {key: base[key] for key in missing if key in base}
 
 
 def _checked_card(card: ModelCard, found: ModelCard | None, path: Path) -> ModelCard:
@@ -251,12 +268,20 @@ def exported_state(backbone: Backbone) -> State:
     }
 
 
-def save_backbone(backbone: Backbone, path: str | Path) -> Path:
+def save_backbone(
+    backbone: Backbone,
+    path: str | Path,
+    *,
+    card: ModelCard | None = None,
+    prompts: State | None = None,
+) -> Path:
     """Write a checkpoint that `load_backbone(str(path))` reads.
 
     Args:
         backbone: its weights and card are stored.
         path: a file that ends in .safetensors, or a folder for `model.safetensors`.
+        card: instead of the backbone's own; where it names a base, the text tower is left out.
+        prompts: learned beside the image tower, by name.
 
     Raises:
         ModelError: the file cannot be written.
@@ -264,7 +289,12 @@ def save_backbone(backbone: Backbone, path: str | Path) -> Path:
     target = Path(path)
     if target.suffix != ".safetensors":
         target = target / "model.safetensors"
-    write_checkpoint(target, exported_state(backbone), backbone.card)
+    card = card or backbone.card
+    state = exported_state(backbone)
+    if card.base:
+        state = {key: value for key, value in state.items() if key.startswith("visual.")}
+    state |= {PROMPTS + name: value for name, value in (prompts or {}).items()}
+    write_checkpoint(target, state, card)
     return target
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -36,7 +37,9 @@ log = logging.getLogger("pixelclip")
 
 WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".bin"}
 RUN_FILES = ("model.safetensors",)
+HUB_CONFIG = "open_clip_config.json"
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # open_clip's tags look the same
 CLIP_PREFIX = "sem_seg_head.predictor.clip_model."
 DEAD_PREFIXES = ("teacher_encoder.", "head.", "dino.", "sem_seg_head.predictor.prompt_tokens")
 
@@ -47,6 +50,17 @@ class Source(NamedTuple):
     card: ModelCard
     read: Callable[[], State | None]
     origin: str
+
+
+def text_base(name: str, checkpoint: Path | None, card: ModelCard) -> str:
+    """Name under which a model's text tower can be had anywhere, or empty.
+
+    The offline model's comes from a package, weights in files of the user's have no name.
+    """
+    if card.base or card.family == "mini":
+        return card.base
+    private = checkpoint is not None or Path(name).exists()
+    return "" if private else name
 
 
 def resolve(name: str, *, weights_wanted: bool = True) -> Source:
@@ -122,10 +136,30 @@ def _by_tag(name: str, *, weights_wanted: bool) -> Source:
 
 
 def _from_hub(name: str) -> Source:
-    """`hf-hub:org/repo`: an open_clip model in a hub repository."""
+    """`hf-hub:org/repo`: an open_clip model in a hub repository, or one that `push` put there."""
     repo = name.removeprefix("hf-hub:")
-    config = read_json(download(repo, "open_clip_config.json"))
-    return Source(_config_card(name, config), lambda: read_state(_first_of(repo, HUB_FILES)), name)
+    found = _first_of(repo, (HUB_CONFIG, RUN_FILES[0]))
+    if found.name == RUN_FILES[0]:
+        card = read_card(found)
+        if card is not None:
+            check_base(card, name)
+            card = card.model_copy(update={"name": name})
+            return Source(card, lambda: read_state(found), name)
+        found = download(repo, HUB_CONFIG)  # other libraries name their weights so too
+    card = _config_card(name, read_json(found))
+    return Source(card, lambda: read_state(_first_of(repo, HUB_FILES)), name)
+
+
+def check_base(card: ModelCard, origin: object) -> None:
+    """Make sure that a foreign card names its base publicly: no file here is opened for it.
+
+    Raises:
+        ModelError: the base is no public name.
+    """
+    base = card.base
+    public = base in catalog.PUBLISHED or re.fullmatch(REPOSITORY, base.removeprefix("hf-hub:"))
+    if base and (not public or Path(base).exists() or Path(base).suffix in WEIGHT_SUFFIXES):
+        raise ModelError(f"{origin} has a broken card: base: {base!r} is no public model")
 
 
 def _config_card(name: str, config: dict[str, object]) -> ModelCard:
@@ -268,7 +302,7 @@ def strip_authors(state: State, path: Path) -> State:
     return kept
 
 
-class _NotInRepository(ModelError):
+class NotInRepository(ModelError):
     """The hub was reached, and has no such file."""
 
 
@@ -281,22 +315,27 @@ def _first_of(repo: str, filenames: tuple[str, ...]) -> Path:
     for filename in filenames[:-1]:
         try:
             return download(repo, filename)
-        except _NotInRepository:
+        except NotInRepository:
             continue
     return download(repo, filenames[-1])
 
 
-def download(repo: str, filename: str) -> Path:
+def download(repo: str, filename: str, *, newest: bool = False) -> Path:
     """A file of a hub repository, from the hub's cache where it is there already.
+
+    Args:
+        repo: organisation/name.
+        filename: in the repository.
+        newest: ask the hub, where it is in reach, whether the cached one is still right.
 
     Raises:
         ModelError: no network, no such repository or file.
     """
     try:
         cached = try_to_load_from_cache(repo, filename)
-        if isinstance(cached, str):
+        if isinstance(cached, str) and not (newest and hub_in_reach()):
             return Path(cached)
-        if not _hub_in_reach():
+        if not hub_in_reach():
             raise LocalEntryNotFoundError("the hub's address cannot be found")
         return Path(hf_hub_download(repo, filename))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -305,13 +344,13 @@ def download(repo: str, filename: str) -> Path:
             " --checkpoint FILE, or use --model mini, which needs none"
         ) from error
     except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
-        raise _NotInRepository(f"the model hub has no {repo}/{filename}") from error
+        raise NotInRepository(f"the model hub has no {repo}/{filename}") from error
     except (HfHubHTTPError, OSError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"cannot fetch {repo}/{filename}: {line[:160]}") from error
 
 
-def _hub_in_reach() -> bool:
+def hub_in_reach() -> bool:
     """Whether the hub's name resolves; the hub's client would retry for half a minute.
 
     Behind a proxy names need not resolve here, so there the client itself finds out.

@@ -10,6 +10,8 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import Tensor, nn
 
+from pixelclip.backbones.blocks import run_block
+
 
 class ClipText(nn.Module):
     """Text features of a CLIP, computed only up to the last end token of the batch.
@@ -70,7 +72,9 @@ class ClipText(nn.Module):
         hidden = self.embed(tokens) if embeddings is None else embeddings
         dtype = self.transformer.get_cast_dtype()
         hidden = hidden.to(dtype) + self.positional_embedding[:length].to(dtype)
-        hidden = self.transformer(hidden, attn_mask=self.attn_mask[:length, :length])
+        mask = self.attn_mask[:length, :length].to(dtype)
+        for block in self.transformer.resblocks:
+            hidden = run_block(block, hidden, mask)
         ends = tokens.argmax(dim=1)
         hidden = hidden[torch.arange(len(tokens), device=tokens.device), ends]  # [N, E]
         return self.ln_final(hidden) @ self.text_projection

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from pixelclip.backbones.blocks import project, run_block, run_mlp
 from pixelclip.backbones.pixels import channel_buffer, normalise_and_pad
 from pixelclip.errors import ConfigError
 
@@ -64,7 +65,7 @@ class DenseViT(nn.Module):
         hidden = torch.cat([start, hidden], dim=1) + self.positions(grid).to(hidden.dtype)
         hidden = tower.ln_pre(tower.patch_dropout(hidden))
         for block in tower.transformer.resblocks[:-1]:
-            hidden = block(hidden)
+            hidden = run_block(block, hidden)
         return hidden, grid
 
     def positions(self, grid: Grid) -> Float[Tensor, "L C"]:
@@ -89,15 +90,8 @@ class DenseViT(nn.Module):
     def pooled(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Ordinary CLIP image embedding (class token), not normalised."""
         tokens, _ = self.tokens(images)
-        hidden = self.tower.transformer.resblocks[-1](tokens)[:, 0]
+        hidden = run_block(self.tower.transformer.resblocks[-1], tokens)[:, 0]
         return self.tower.ln_post(hidden) @ self.tower.proj
-
-
-def _qkv(block: ResidualAttentionBlock, tokens: Tensor) -> list[Tensor]:
-    """Queries, keys and values of a block's attention, each [B, heads, L, C / heads]."""
-    hidden = F.linear(block.ln_1(tokens), block.attn.in_proj_weight, block.attn.in_proj_bias)
-    heads = block.attn.num_heads
-    return [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in hidden.chunk(3, dim=-1)]
 
 
 def _self_similarity(rows: Tensor) -> Tensor:
@@ -120,7 +114,7 @@ def _values(block: ResidualAttentionBlock, tokens: Tensor) -> Tensor:
 
 
 def _with_mlp(block: ResidualAttentionBlock, hidden: Tensor) -> Tensor:
-    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+    return hidden + block.ls_2(run_mlp(block.mlp, block.ln_2(hidden)))
 
 
 def pixelclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
@@ -130,7 +124,7 @@ def pixelclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -
 
 def plain_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
     """The block as CLIP has it, all patch tokens kept."""
-    return block(tokens)[:, 1:]
+    return run_block(block, tokens)[:, 1:]
 
 
 def maskclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
@@ -140,14 +134,14 @@ def maskclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) ->
 
 def sclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
     """SCLIP (arXiv 2312.01597, equation 3): softmax(qq) + softmax(kk), residual, MLP."""
-    queries, keys, values = _qkv(block, tokens)
+    queries, keys, values = project(block, tokens)
     weights = _self_similarity(queries).softmax(-1) + _self_similarity(keys).softmax(-1)
     return _with_mlp(block, tokens[:, 1:] + _attend(block, weights, values))
 
 
 def clearclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
     """ClearCLIP (arXiv 2407.12442): softmax(qq) alone; no residual, no MLP."""
-    queries, _, values = _qkv(block, tokens)
+    queries, _, values = project(block, tokens)
     return _attend(block, _self_similarity(queries).softmax(-1), values)
 
 
@@ -162,7 +156,7 @@ def naclip_block(
         grid: rows and columns of patches.
         std: of the Gaussian, in patches (5 in the paper).
     """
-    _, keys, values = _qkv(block, tokens)
+    _, keys, values = project(block, tokens)
     logits = _self_similarity(keys)
     rows, columns = grid
     y, x = (torch.arange(n, device=tokens.device, dtype=logits.dtype) for n in (rows, columns))

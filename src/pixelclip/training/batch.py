@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
@@ -26,10 +27,11 @@ class Batch:
     masks: tuple[Bool[Tensor, "_ m m"], ...]
 
     def __len__(self) -> int:
+        """Number of photos B."""
         return len(self.weak)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Between processes each tensor costs an open file: one for all masks of the batch.
+        """What goes to another process: one tensor for all masks, as each costs an open file."""
         counts = [len(masks) for masks in self.masks]
         return _from_parts, (self.weak, self.strong, self.sizes, torch.cat(self.masks), counts)
 
@@ -56,7 +58,7 @@ class Batch:
                 sizes=self.sizes[first:last],
                 masks=self.masks[first:last],
             )
-            for first, last in zip(bounds, bounds[1:], strict=False)
+            for first, last in pairwise(bounds)
         ]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":

@@ -141,17 +141,19 @@ def chosen_words(config: TrainConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: there are fewer.
     """
-    if config.words == "common":
-        text = files("pixelclip").joinpath("data/common_words.txt").read_text("utf-8")
-        words = tuple(text.split("\n")[:-1])
-    else:
-        words = parse_classes(config.words)
+    words = common_words() if config.words == "common" else parse_classes(config.words)
     if len(words) < config.num_clusters:
         raise ConfigError(
             f"words: {config.words} holds {len(words)} names, but num_clusters is"
             f" {config.num_clusters}"
         )
     return words[: config.num_clusters]
+
+
+def common_words() -> tuple[str, ...]:
+    """Names of everyday things, our own list, roughly by how much of photos they cover."""
+    text = files("pixelclip").joinpath("data/common_words.txt").read_text("utf-8")
+    return tuple(text.splitlines())
 
 
 def draw_words(text: Text, num: int, length: int, generator: torch.Generator) -> Int[Tensor, "K L"]:

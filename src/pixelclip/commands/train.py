@@ -1,0 +1,80 @@
+"""`pixelclip train`: adapt a model to photos without labels."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixelclip.commands.options import Checkpoint, Device, Json, Model, Quiet
+
+
+def train_command(
+    images: Annotated[
+        list[Path],
+        typer.Option(
+            help="Photo or folder of photos; may be given several times.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Run directory; an unfinished run there goes on.",
+            show_default=False,
+        ),
+    ],
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Mask store, folder of SA-1B JSON or label maps, or a COCO JSON file.",
+            show_default="superpixels, made first",
+        ),
+    ] = None,
+    model: Model = "mini",
+    checkpoint: Checkpoint = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Settings: a recipe's name or a TOML file.", show_default="the model's"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="One setting, as in --set steps=1000; may be given several"
+            " times. docs/training.md lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Teach a model where things are, from unlabeled photos; the same command resumes."""
+    import json
+    from dataclasses import asdict
+
+    from pixelclip.config import parse_settings
+    from pixelclip.progress import hush
+    from pixelclip.training.start import train
+
+    hush(quiet)
+    summary = train(
+        images,
+        output,
+        masks=masks,
+        model=model,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        device=device,
+        quiet=quiet,
+        **parse_settings(settings or []),
+    )
+    if as_json:
+        print(json.dumps({"output": str(output), **asdict(summary)}))
+    elif not quiet:
+        what = "done" if summary.finished else f"stopped after step {summary.steps}"
+        print(f"{what}: {output}; try pixelclip segment PHOTO --model {output}")
+        if summary.problems:
+            print(f"{summary.problems} photos or annotations were passed over: problems.jsonl")
+    return 0 if summary.finished else 130

@@ -1,0 +1,1 @@
+"""Class-agnostic masks: reading, sampling, storing and making them."""

@@ -1,0 +1,266 @@
+"""Photos with masks to batches, in worker processes; the same batches for any number of them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pixelclip.errors import ConfigError, DataError
+from pixelclip.images import Photo, load_photo, read_size, to_rgb
+from pixelclip.masks.annotations import MaskReader
+from pixelclip.training.batch import Batch
+from pixelclip.training.colour import distort, vary_colour
+from pixelclip.training.order import global_batches, local_slice
+from pixelclip.training.views import (
+    ViewSettings,
+    crop_photo,
+    draw_geometry,
+    draw_rectangle,
+    sample_masks,
+    to_frame,
+)
+
+_TRIES = 20
+Key = tuple[int, int]
+
+
+class Problem(NamedTuple):
+    """A photo that could not be used, and why."""
+
+    path: Path
+    message: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One photo's part of a batch.
+
+    Attributes:
+        weak: the teacher's view, in the upper left corner of a square of the crop's size.
+        strong: the student's view; None: there is none.
+        size: height and width of the views.
+        masks: on the grid over the square.
+        problems: photos tried in vain before this one.
+        broken_masks: annotations of the photo that could not be used.
+    """
+
+    weak: UInt8[Tensor, "3 H H"]
+    strong: UInt8[Tensor, "3 H H"] | None
+    size: tuple[int, int]
+    masks: Bool[Tensor, "M m m"]
+    problems: tuple[Problem, ...]
+    broken_masks: int
+
+
+class LoadedBatch(NamedTuple):
+    """A batch and what went wrong on the way: photos replaced, annotations left out."""
+
+    batch: Batch
+    problems: list[Problem]
+    broken_masks: int
+
+
+class TrainPhotos(Dataset[Sample]):
+    """Random views of photos with their masks.
+
+    The key of a sample is its position in the endless sequence of the run and the index of the
+    photo. Everything random comes from a generator seeded with the settings' seed and the
+    position, so processes and workers play no part.
+
+    Views are padded to a square of the crop's size, whatever photos they share a batch with. The
+    authors pad to the largest view of the batch; that is the same wherever one of them fills the
+    crop, as nearly always.
+
+    A photo that cannot be read, or whose annotation is unusable, is replaced by a random one. A
+    photo without annotation is one without masks.
+    """
+
+    def __init__(self, photos: Sequence[Photo], reader: MaskReader, settings: ViewSettings):
+        # One text, as each worker gets a copy: a million objects take 15 s and 1 GB.
+        names = [os.fsencode(path) for photo in photos for path in photo]
+        self._names = b"\0".join(names)
+        self._starts = np.cumsum([0, *(len(name) + 1 for name in names)])
+        self.reader = reader
+        self.settings = settings
+
+    def __len__(self) -> int:
+        """Number of photos."""
+        return len(self._starts) // 2
+
+    def photo(self, index: int) -> Photo:
+        """The photo of an index."""
+        first, last = self._starts[[2 * index, 2 * index + 2]]
+        path, stem = self._names[first : last - 1].split(b"\0")
+        return Photo(Path(os.fsdecode(path)), Path(os.fsdecode(stem)))
+
+    def __getitem__(self, key: Key) -> Sample:
+        """The sample of a key.
+
+        Raises:
+            DataError: so many photos in a row cannot be used that something else is wrong.
+        """
+        position, index = key
+        random = np.random.default_rng([self.settings.seed, 1, position])
+        problems: list[Problem] = []
+        for _ in range(_TRIES):
+            photo = self.photo(index)
+            try:
+                return self._sample(photo, random, problems)
+            except DataError as error:
+                problems.append(Problem(photo.path, str(error)))
+                index = int(random.integers(len(self)))
+        last = problems[-1].message
+        raise DataError(f"{_TRIES} photos in a row cannot be used for training; the last: {last}")
+
+    def _sample(self, photo: Photo, random: np.random.Generator, problems: list[Problem]) -> Sample:
+        settings = self.settings
+        width, height = read_size(photo.path)
+        geometry = draw_geometry(random, (width, height), settings)
+        masks = self.reader(photo, (height, width))
+        pixels = load_photo(photo.path, settings.max_pixels, at_least=geometry.resized)
+        view = crop_photo(to_rgb(pixels), geometry)
+        if settings.colour:
+            view = vary_colour(view, random)
+        strong, rectangle = None, None
+        if settings.strong_view:
+            strong = to_frame(distort(view, random), settings.crop_size)
+            rectangle = draw_rectangle(random, view.width, view.height)
+            strong[:, rectangle.top : rectangle.bottom, rectangle.left : rectangle.right] = 0
+        grid = torch.empty(0, settings.mask_size, settings.mask_size, dtype=torch.bool)
+        return Sample(
+            weak=to_frame(view, settings.crop_size),
+            strong=strong,
+            size=(view.height, view.width),
+            masks=grid if masks is None else sample_masks(masks, geometry, settings, rectangle),
+            problems=tuple(problems),
+            broken_masks=0 if masks is None else masks.broken,
+        )
+
+
+def collate(samples: Sequence[Sample]) -> LoadedBatch:
+    """The samples as one batch."""
+    strong = [sample.strong for sample in samples if sample.strong is not None]
+    batch = Batch(
+        weak=torch.stack([sample.weak for sample in samples]),
+        strong=torch.stack(strong) if strong else None,
+        sizes=torch.tensor([sample.size for sample in samples]),
+        masks=tuple(sample.masks for sample in samples),
+    )
+    problems = [problem for sample in samples for problem in sample.problems]
+    return LoadedBatch(batch, problems, sum(sample.broken_masks for sample in samples))
+
+
+def make_loader(
+    photos: TrainPhotos,
+    wide: Bool[np.ndarray, " N"],
+    *,
+    batch_size: int,
+    start: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[LoadedBatch]:
+    """This process's share of batch `start`, `start` + 1, ... of an endless sequence.
+
+    Workers start with the first batch that is asked for, and end when the iterator is closed or
+    this process dies, however it does.
+
+    Args:
+        photos: the samples.
+        wide: whether each photo is wider than high, to group them by that; or all the same.
+        batch_size: photos per batch, over all processes.
+        start: number of the first batch.
+        rank: of this process.
+        num_ranks: processes.
+        num_workers: worker processes of this process; 0: it reads by itself.
+        pin_memory: for copies to a GPU in the background.
+
+    Raises:
+        ConfigError: there are no photos, or fewer in a batch than processes.
+        DataError: too many photos in a row cannot be used, or a worker died.
+    """
+    if batch_size < num_ranks:
+        raise ConfigError(f"a batch of {batch_size} photos cannot feed {num_ranks} processes")
+    if len(wide) == 0:
+        raise ConfigError("there are no photos to train on")
+    keys = _keys(wide, batch_size, photos.settings.seed, start, slice_of=(rank, num_ranks))
+    loader = DataLoader(
+        photos,
+        batch_sampler=keys,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_context() if num_workers else None,
+        generator=torch.Generator(),  # the loader draws a seed, which must not move torch's own
+    )
+    return _batches(loader)
+
+
+def _batches(loader: DataLoader[Sample]) -> Iterator[LoadedBatch]:
+    try:
+        yield from loader
+    except DataError as error:  # from a worker it comes with the traceback in its message
+        message = str(error).strip().splitlines()[-1].removeprefix("pixelclip.errors.DataError: ")
+        raise DataError(message) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            "a process that reads photos died, as a rule for want of memory; start fewer"
+            " (num_workers), or give shared memory more room (Docker: --shm-size)"
+        ) from error
+
+
+def _keys(
+    wide: Bool[np.ndarray, " N"],
+    batch_size: int,
+    seed: int,
+    start: int,
+    *,
+    slice_of: tuple[int, int],
+) -> Iterator[list[Key]]:
+    """The keys of each batch of this process."""
+    share = local_slice(batch_size, *slice_of)
+    batches = global_batches(wide, batch_size=batch_size, seed=seed, start=start)
+    for number, batch in enumerate(batches, start):
+        positions = range(number * batch_size, (number + 1) * batch_size)
+        yield list(zip(positions[share], batch[share].tolist(), strict=True))
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """How workers start: never by forking this process, whose threads may hold locks."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports torch once, not once per worker
+    return context
+
+
+def _start_worker(number: int) -> None:
+    """In a worker: one thread for work, and one that ends it with the main process.
+
+    PyTorch watches for the death of a worker's parent, but that is the fork server, which in turn
+    lives as long as its workers. An interrupt is for the main process to handle.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    main_process.join()
+    os._exit(1)

@@ -1,0 +1,157 @@
+"""A picture of the clusters on a few photos, the same in every step."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from pixelclip.errors import DataError
+from pixelclip.images import Photo, load_photo, png_bytes, read_size, to_rgb, write_bytes
+from pixelclip.masks.annotations import MaskReader
+from pixelclip.overlay import palette, with_legend
+from pixelclip.training.batch import Batch
+from pixelclip.training.model import PixelClip
+from pixelclip.training.prompts import common_words
+from pixelclip.training.views import (
+    Geometry,
+    ViewSettings,
+    crop_photo,
+    resized_size,
+    sample_masks,
+    to_frame,
+)
+from pixelclip.vocabulary import encode_classes
+
+NUM_PHOTOS = 4
+TILE = 256
+OPACITY = 0.65
+NAMED = 20  # largest clusters in the legend
+
+
+class ClusterPictures:
+    """Rows of: photo, its masks, masks by nearest prompt, pixels by nearest prompt."""
+
+    def __init__(
+        self,
+        photos: Sequence[Photo],
+        reader: MaskReader,
+        settings: ViewSettings,
+        folder: Path,
+    ):
+        chosen = np.linspace(0, len(photos) - 1, min(NUM_PHOTOS, len(photos))).round()
+        self.photos = [photos[int(index)] for index in chosen]
+        self.reader, self.settings, self.folder = reader, settings, folder
+        self.words: tuple[tuple[str, ...], Tensor] | None = None
+
+    def draw(self, model: PixelClip, step: int) -> None:
+        """Write `step-00000500.png`; photos that cannot be read are left out.
+
+        Raises:
+            DataError: the picture cannot be written.
+        """
+        samples = [batch for photo in self.photos if (batch := self._sample(photo)) is not None]
+        if not samples:
+            return
+        model.eval()
+        with torch.no_grad():
+            vectors = F.normalize(model.vectors(model.text).float(), dim=1)
+            device = vectors.device
+            rows = [_row(model, batch.to(device), vectors) for batch in samples]
+            names = self._names(model, vectors)
+        model.train()
+        picture = Image.fromarray(np.concatenate([row for row, _ in rows]))
+        counts = np.bincount(np.concatenate([seen for _, seen in rows]), minlength=len(vectors))
+        largest = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+        legend = [(names[index], index) for index in largest[:NAMED]]
+        drawn = with_legend(picture, legend, len(vectors))
+        write_bytes(self.folder / f"step-{step:08d}.png", png_bytes(drawn))
+
+    def _sample(self, photo: Photo) -> Batch | None:
+        """The middle of a photo with its masks, undistorted; None if it cannot be read."""
+        settings = self.settings
+        try:
+            size = read_size(photo.path)
+            masks = self.reader(photo, (size[1], size[0]))
+            pixels = to_rgb(load_photo(photo.path, settings.max_pixels))
+        except DataError:
+            return None
+        resized = resized_size(size, settings.short_side, settings.long_side)
+        width, height = (min(side, settings.crop_size) for side in resized)
+        geometry = Geometry(
+            photo=size,
+            resized=resized,
+            left=(resized[0] - width) // 2,
+            top=(resized[1] - height) // 2,
+            width=width,
+            height=height,
+            is_flipped=False,
+        )
+        grid = torch.zeros(0, settings.mask_size, settings.mask_size, dtype=torch.bool)
+        return Batch(
+            weak=to_frame(crop_photo(pixels, geometry), settings.crop_size)[None],
+            strong=None,
+            sizes=torch.tensor([[height, width]]),
+            masks=(grid if masks is None else sample_masks(masks, geometry, settings, None),),
+        )
+
+    def _names(self, model: PixelClip, vectors: Tensor) -> list[str]:
+        """For every prompt the common word that is nearest."""
+        if self.words is None:
+            words = common_words()
+            self.words = words, encode_classes(model.text, words, ("a photo of a {}.",))  # type: ignore[arg-type]
+        words, features = self.words
+        nearest = (vectors @ F.normalize(features.to(vectors), dim=1).T).argmax(dim=1)
+        return [words[index] for index in nearest.tolist()]
+
+
+def _row(
+    model: PixelClip, batch: Batch, vectors: Float[Tensor, "K D"]
+) -> tuple[UInt8[np.ndarray, "T T4 3"], Int[np.ndarray, " N"]]:
+    """Four tiles of a photo, and the prompts of the pixels of the last one."""
+    frame = Image.fromarray(batch.weak[0].permute(1, 2, 0).cpu().numpy())
+    photo = np.asarray(frame.resize((TILE, TILE), Image.Resampling.BILINEAR))
+    pooled = model.pool(batch)
+    clusters = (F.normalize(pooled.features, dim=1) @ vectors.T).argmax(dim=1)
+    order = torch.argsort(pooled.masks.sum(dim=(1, 2)), descending=True)  # small ones on top
+    masks = _tiles(pooled.masks[order])
+    numbers = np.arange(len(masks))
+    features = model.visual(model.network_input(batch.weak, batch.sizes)).float()
+    scores = torch.einsum("bdhw,kd->bkhw", F.normalize(features, dim=1), vectors)
+    scores = F.interpolate(scores, (TILE, TILE), mode="bilinear", align_corners=False)
+    labels = scores[0].argmax(dim=0).cpu().numpy()
+    tiles = [
+        photo,
+        _painted(photo, masks, palette(max(1, len(masks)))[numbers]),
+        _painted(photo, masks, palette(len(vectors))[clusters[order].cpu().numpy()]),
+        _mixed(photo, palette(len(vectors))[labels]),
+    ]
+    return np.concatenate(tiles, axis=1), labels.ravel()
+
+
+def _tiles(masks: Bool[Tensor, "M m m"]) -> Bool[np.ndarray, "M T T"]:
+    """The masks at the size of a tile."""
+    places = torch.arange(TILE) * masks.shape[-1] // TILE
+    return masks.cpu()[:, places][:, :, places].numpy()
+
+
+def _painted(
+    photo: UInt8[np.ndarray, "T T 3"],
+    masks: Bool[np.ndarray, "M T T"],
+    colours: UInt8[np.ndarray, "M 3"],
+) -> UInt8[np.ndarray, "T T 3"]:
+    """The photo with every mask in its colour; what no mask covers stays."""
+    painted = photo.copy()
+    for mask, colour in zip(masks, colours, strict=True):
+        painted[mask] = colour
+    return _mixed(photo, painted)
+
+
+def _mixed(
+    photo: UInt8[np.ndarray, "T T 3"], colours: UInt8[np.ndarray, "T T 3"]
+) -> UInt8[np.ndarray, "T T 3"]:
+    return (photo * (1 - OPACITY) + colours * OPACITY).round().astype(np.uint8)

@@ -1,0 +1,181 @@
+"""Figures of a run: a row per step, problems, TensorBoard, the line behind the progress bar."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from pixelclip.config import TrainConfig
+from pixelclip.errors import DataError, MissingExtra
+from pixelclip.files import printable
+from pixelclip.training.data import LoadedBatch
+from pixelclip.training.parameters import schedule
+from pixelclip.training.run import Rows
+from pixelclip.training.step import StepResult
+
+log = logging.getLogger("pixelclip")
+
+RECENT_STEPS = 50  # over which the clusters in use are counted
+PATIENCE = 20  # steps without any mask after which something must be wrong
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a run stands when `train` returns.
+
+    Attributes:
+        steps: done, of all calls together.
+        finished: whether these are all; not after an interrupt.
+        loss: of the last step with masks; None without any.
+        used_clusters: clusters that got a mask in the last steps.
+        problems: photos passed over and annotations left out: see `problems.jsonl`.
+        seconds: of this call.
+    """
+
+    steps: int
+    finished: bool
+    loss: float | None
+    used_clusters: int
+    problems: int
+    seconds: float
+
+
+class Report:
+    """What a run says of itself; files are written by the main process only."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        step: int,
+        recent: Int[Tensor, "S K"] | None,
+        *,
+        writes: bool,
+    ):
+        self.config = config
+        self.recent = torch.zeros(0, config.num_clusters).long() if recent is None else recent
+        self.tables = (
+            (
+                Rows(folder / "metrics.jsonl", step, with_csv=True),
+                Rows(folder / "problems.jsonl", step),
+            )
+            if writes
+            else None
+        )
+        self.board = _tensorboard(folder, step) if config.tensorboard and writes else None
+        self.note = ""
+        self.loss: float | None = None
+        self.empty_steps = 0
+
+    def add(
+        self, step: int, result: StepResult, loaded: LoadedBatch, *, seconds: float, waited: float
+    ) -> None:
+        """Take in a step.
+
+        Args:
+            step: steps done, this one included.
+            result: what it did.
+            loaded: the batch and its problems.
+            seconds: it took, with loading.
+            waited: of these, for the loader.
+
+        Raises:
+            DataError: no photo has masks, the loss is no number, or the disk is full.
+        """
+        self.recent = torch.cat([self.recent, result.clusters[None]])[-RECENT_STEPS:]
+        self._check(step, result)
+        row = self._row(step, result, seconds, waited)
+        used, share = row["used_clusters"], row["assignment_entropy"]
+        self.note = f"loss {self.loss or math.nan:.4f}, {used} clusters, entropy {share:.2f}"
+        if self.tables is not None:
+            metrics, problems = self.tables
+            metrics.add([row])
+            problems.add(_problem_rows(step, loaded))
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, step)
+
+    def _check(self, step: int, result: StepResult) -> None:
+        self.empty_steps = 0 if result.masks else self.empty_steps + 1
+        if self.empty_steps == PATIENCE:
+            raise DataError(
+                f"no photo of the last {PATIENCE} batches has a mask; do the masks belong to these"
+                " photos? Names and sizes must match"
+            )
+        if result.masks:
+            self.loss = result.loss
+            if not math.isfinite(result.loss + result.grad_norm):
+                raise DataError(
+                    f"training diverged in step {step}: the loss is {result.loss}; try a lower"
+                    " learning_rate in another -o"
+                )
+
+    def _row(
+        self, step: int, result: StepResult, seconds: float, waited: float
+    ) -> dict[str, float | None]:
+        return {
+            "step": step,
+            "loss": result.loss if result.masks else None,
+            "grad_norm": round(result.grad_norm, 6),
+            "rate": schedule(step - 1, self.config.steps),
+            "masks": result.masks,
+            "assignment_entropy": round(result.entropy, 6),
+            "step_clusters": int((result.clusters > 0).sum()),
+            "used_clusters": self.used_clusters,
+            "usage_entropy": round(_entropy(self.recent.sum(dim=0)), 6),
+            "seconds": round(seconds, 4),
+            "loader_seconds": round(waited, 4),
+        }
+
+    @property
+    def used_clusters(self) -> int:
+        """Clusters that got a mask in the last steps."""
+        return int((self.recent.sum(dim=0) > 0).sum())
+
+    def summary(self, step: int, seconds: float) -> TrainSummary:
+        """How the run stands."""
+        return TrainSummary(
+            steps=step,
+            finished=step >= self.config.steps,
+            loss=self.loss,
+            used_clusters=self.used_clusters,
+            problems=0 if self.tables is None else self.tables[1].count,
+            seconds=round(seconds, 1),
+        )
+
+
+def _entropy(counts: Int[Tensor, " K"]) -> float:
+    """Entropy of a histogram as a share of the largest possible."""
+    if len(counts) < 2 or not counts.any():
+        return 0.0
+    return float(torch.special.entr(counts / counts.sum()).sum()) / math.log(len(counts))
+
+
+def _problem_rows(step: int, loaded: LoadedBatch) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = [
+        {"step": step, "path": printable(problem.path), "message": problem.message}
+        for problem in loaded.problems
+    ]
+    if loaded.broken_masks:
+        rows.append({"step": step, "broken_masks": loaded.broken_masks})
+    return rows
+
+
+def _tensorboard(folder: Path, step: int):  # type: ignore[no-untyped-def]  # an extra's type
+    """A writer of TensorBoard's event files.
+
+    Raises:
+        MissingExtra: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtra(
+            "tensorboard needs an extra: pip install 'pixelclip[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
