@@ -23,6 +23,10 @@ _UsageError: type[Exception] = next(
     cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "UsageError"
 )
 
+# What torch says on a CPU and on a GPU.
+NO_MEMORY = "not enough memory; try a smaller --short-side or --window, in training a smaller batch"
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
 app = typer.Typer(
     name="pixelclip",
     help="Name things in words; every pixel of your photos gets one of those names.",
@@ -76,11 +80,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit must not fail again
         code = 141
     except MemoryError:
-        code = _fail("not enough memory; try a smaller --short-side or --window")
+        code = _fail(NO_MEMORY)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
-        code = _fail("not enough memory; try a smaller --short-side or --window")
+        code = _fail(NO_MEMORY)
     except OSError as error:
         code = _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     sys.exit(code if isinstance(code, int) else 0)

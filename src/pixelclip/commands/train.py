@@ -7,6 +7,8 @@ import typer
 
 from pixelclip.commands.options import Checkpoint, Device, Json, Model, Quiet
 
+SHOWN = 10  # photos that could not be used
+
 
 def train_command(
     images: Annotated[
@@ -52,6 +54,7 @@ def train_command(
 ) -> int:
     """Teach a model where things are, from unlabeled photos; the same command resumes."""
     import json
+    import os
     from dataclasses import asdict
 
     from pixelclip.config import parse_settings
@@ -70,11 +73,18 @@ def train_command(
         quiet=quiet,
         **parse_settings(settings or []),
     )
-    if as_json:
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts several of us
+    if as_json and is_main:
         print(json.dumps({"output": str(output), **asdict(summary)}))
-    elif not quiet:
+    elif not quiet and is_main:
         what = "done" if summary.finished else f"stopped after step {summary.steps}"
         print(f"{what}: {output}; try pixelclip segment PHOTO --model {output}")
-        if summary.problems:
-            print(f"{summary.problems} photos or annotations were passed over: problems.jsonl")
-    return 0 if summary.finished else 130
+        for path, message in list(summary.failed.items())[:SHOWN]:
+            print(f"not used: {path}: {message}")
+        if len(summary.failed) > SHOWN:
+            print(f"and {len(summary.failed) - SHOWN} more photos: see {output}/problems.jsonl")
+        if summary.broken_masks:
+            print(f"{summary.broken_masks} damaged masks were left out")
+    if not summary.finished:
+        return 130
+    return 1 if summary.failed and "RANK" not in os.environ else 0  # torchrun takes 1 for a crash

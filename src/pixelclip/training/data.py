@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -170,7 +170,7 @@ def make_loader(
     num_ranks: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[LoadedBatch]:
+) -> Generator[LoadedBatch, None, None]:
     """This process's share of batch `start`, `start` + 1, ... of an endless sequence.
 
     Workers start with the first batch that is asked for, and end when the iterator is closed or
@@ -208,7 +208,7 @@ def make_loader(
     return _batches(loader)
 
 
-def _batches(loader: DataLoader[Sample]) -> Iterator[LoadedBatch]:
+def _batches(loader: DataLoader[Sample]) -> Generator[LoadedBatch, None, None]:
     try:
         yield from loader
     except DataError as error:  # from a worker it comes with the traceback in its message

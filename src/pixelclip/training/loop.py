@@ -7,15 +7,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from pixelclip.backbones import Backbone, load_backbone, save_backbone
@@ -78,17 +81,11 @@ def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> Train
     accelerator = make_accelerator(job.device, config)
     is_main = accelerator.is_main_process
     quiet = quiet or not is_main
-    photos = find_photos(job.images)
-    if is_main:
-        check_writable(job.output)
-        RunDir(job.output).begin(_record(job, config, photos))
-        if job.masks is None:
-            make_masks(job, photos, config.num_workers, quiet=quiet)
-    accelerator.wait_for_everyone()
-    reader = open_masks(job.masks or job.output / "masks")
-    backbone = load_backbone(job.model, checkpoint=job.checkpoint, device="cpu")
-    card = _card(job, backbone, config, len(photos))
-    model = PixelClip(backbone, config).to(accelerator.device)
+    photos, reader = open_data(job, config, accelerator, quiet=quiet)
+    with torch.random.fork_rng(devices=[]):  # layers draw weights that are then replaced
+        backbone = load_backbone(job.model, checkpoint=job.checkpoint, device="cpu")
+        card = _card(job, backbone, config, len(photos))
+        model = PixelClip(backbone, config).to(accelerator.device)
     optimizer = make_optimizer(model, config)
 
     run = RunDir(job.output)
@@ -96,12 +93,13 @@ def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> Train
     step = first = 0 if state is None else state["step"]
     recent = None if state is None else restore(state, model, optimizer, is_main=is_main)
     wrapped = accelerator.prepare_model(model)
-    report = Report(job.output, config, step, recent, writes=is_main)
+    report = Report(job.output, config, step, recent, process=accelerator.process_index)
     batches = _batches(photos, reader, config, accelerator, step)
     pictures = ClusterPictures(photos, reader, view_settings(config), job.output / "pictures")
     ticker = Ticker(config.steps, first, quiet=quiet)
     started = time.monotonic()
     with (
+        closing(batches),
         progress_bar(quiet=quiet, note=True) as bar,
         interruptible(accelerator) as stop,
     ):
@@ -124,7 +122,22 @@ def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> Train
                 if is_main:
                     save_backbone(backbone, job.output, card=card, prompts=_prompts(model))
                     run.save(state, config.keep_checkpoints)
+    accelerator.wait_for_everyone()
     return report.summary(step, time.monotonic() - started)
+
+
+def open_data(
+    job: TrainJob, config: TrainConfig, accelerator: Accelerator, *, quiet: bool
+) -> tuple[list[Photo], MaskReader]:
+    """Photos and masks; the first process claims the run directory and makes masks if need be."""
+    photos = find_photos(job.images)
+    if accelerator.is_main_process:
+        check_writable(job.output)
+        RunDir(job.output).begin(_record(job, config, photos))
+        if job.masks is None:
+            make_masks(job, photos, config.num_workers, quiet=quiet)
+    accelerator.wait_for_everyone()
+    return photos, open_masks(job.masks or job.output / "masks")
 
 
 def make_masks(job: TrainJob, photos: list[Photo], workers: int, *, quiet: bool) -> None:
@@ -166,16 +179,20 @@ def make_accelerator(device: str, config: TrainConfig) -> Accelerator:
         ConfigError: the device is unknown or not there.
     """
     where = choose_device(device)
+    if not dist.is_available() or not dist.is_initialized():
+        # accelerate remembers the first device and precision of the process for good.
+        AcceleratorState._reset_state(reset_partial_state=True)
     if where.index is not None:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(where)  # the only way to tell accelerate
-    return Accelerator(
-        cpu=where.type == "cpu",
-        mixed_precision="bf16" if wants_bfloat16(where, config.precision) else "no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the first one may make masks
-        ],
-    )
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(where)  # the only way to tell it
+    try:
+        return Accelerator(
+            cpu=where.type == "cpu",
+            mixed_precision="bf16" if wants_bfloat16(where, config.precision) else "no",
+            # The first process may make masks while the others wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        )
+    finally:
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
 
 
 @contextmanager
@@ -213,7 +230,7 @@ def _batches(
     config: TrainConfig,
     accelerator: Accelerator,
     first: int,
-) -> Iterator[LoadedBatch]:
+) -> Generator[LoadedBatch, None, None]:
     """This process's share of the batches from step `first` on."""
     return make_loader(
         TrainPhotos(photos, reader, view_settings(config)),

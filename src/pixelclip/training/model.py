@@ -96,6 +96,8 @@ class PixelClip(nn.Module):
         # The authors draw the prompts first: with seed 0 the decoder gets their initial weights.
         draw_words(cast(Text, self.text), config.num_clusters, config.prompt_length, generator)
         self.vectors = make_vectors(backbone, config, generator)
+        if config.assigner == "none":  # unused weights would keep several processes waiting
+            self.vectors.requires_grad_(False)
         self.decoder = MaskDecoder(generator)
         self.past: list[Tensor] = []
         self.train()
@@ -159,9 +161,8 @@ class PixelClip(nn.Module):
         """Masks merged by cluster (behaviour.md 14); each its own without clusters."""
         present, photos = pooled.photos.unique(return_inverse=True)
         size = pooled.masks.shape[-1]
-        valid = pooled.masks.new_zeros((len(present), size, size))
-        for index in range(len(present)):
-            valid[index] = pooled.masks[photos == index].any(dim=0)
+        covered = torch.zeros((len(present), size, size), device=photos.device)
+        valid = covered.index_add_(0, photos, pooled.masks.float()) > 0
         grid = (UPSCALE * self.cells, UPSCALE * self.cells)
         pixels = valid.sum(dim=(1, 2))
         if clusters is None:
@@ -227,7 +228,8 @@ class PixelClip(nn.Module):
         if not any(module.training for module in drop_paths(self.visual)):
             yield
             return
-        with torch.random.fork_rng():
+        device = next(self.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
 

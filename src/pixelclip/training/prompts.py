@@ -41,7 +41,8 @@ class ClassPrompts(nn.Module):
         length = tokens.shape[1]
         placeholders = " ".join([PLACEHOLDER] * length)
         ids = text.tokenize([template.replace("{}", placeholders) for template in templates])
-        self.register_buffer("template_tokens", ids, persistent=False)
+        apart = ids.clone(memory_format=torch.contiguous_format)  # several processes share buffers
+        self.register_buffer("template_tokens", apart, persistent=False)
         wanted = int(text.tokenize([PLACEHOLDER])[0, 1])
         self.starts = [
             _start(row, wanted, length, t) for row, t in zip(ids, templates, strict=True)

@@ -14,7 +14,7 @@ from pixelclip.errors import DataError, MissingExtra
 from pixelclip.files import printable
 from pixelclip.training.data import LoadedBatch
 from pixelclip.training.parameters import schedule
-from pixelclip.training.run import Rows
+from pixelclip.training.run import Row, Rows, read_rows
 from pixelclip.training.step import StepResult
 
 log = logging.getLogger("pixelclip")
@@ -32,7 +32,8 @@ class TrainSummary:
         finished: whether these are all; not after an interrupt.
         loss: of the last step with masks; None without any.
         used_clusters: clusters that got a mask in the last steps.
-        problems: photos passed over and annotations left out: see `problems.jsonl`.
+        failed: photos that could not be used, each with one line that says why.
+        broken_masks: annotations that were left out, counted each time they were met.
         seconds: of this call.
     """
 
@@ -40,12 +41,13 @@ class TrainSummary:
     finished: bool
     loss: float | None
     used_clusters: int
-    problems: int
+    failed: dict[str, str]
+    broken_masks: int
     seconds: float
 
 
 class Report:
-    """What a run says of itself; files are written by the main process only."""
+    """What a run says of itself; metrics are written by the main process only."""
 
     def __init__(
         self,
@@ -54,19 +56,16 @@ class Report:
         step: int,
         recent: Int[Tensor, "S K"] | None,
         *,
-        writes: bool,
+        process: int = 0,
     ):
         self.config = config
         self.recent = torch.zeros(0, config.num_clusters).long() if recent is None else recent
-        self.tables = (
-            (
-                Rows(folder / "metrics.jsonl", step, with_csv=True),
-                Rows(folder / "problems.jsonl", step),
-            )
-            if writes
-            else None
-        )
-        self.board = _tensorboard(folder, step) if config.tensorboard and writes else None
+        self.folder, self.is_main = folder, process == 0
+        name = "problems.jsonl" if self.is_main else f"problems-{process}.jsonl"
+        self.problems = Rows(folder / name, step)
+        self.failed = {str(row["path"]) for row in self.problems.rows if "path" in row}
+        self.metrics = Rows(folder / "metrics.jsonl", step, with_csv=True) if self.is_main else None
+        self.board = _tensorboard(folder, step) if config.tensorboard and self.is_main else None
         self.note = ""
         self.loss: float | None = None
         self.empty_steps = 0
@@ -91,14 +90,24 @@ class Report:
         row = self._row(step, result, seconds, waited)
         used, share = row["used_clusters"], row["assignment_entropy"]
         self.note = f"loss {self.loss or math.nan:.4f}, {used} clusters, entropy {share:.2f}"
-        if self.tables is not None:
-            metrics, problems = self.tables
-            metrics.add([row])
-            problems.add(_problem_rows(step, loaded))
+        self.problems.add(self._problem_rows(step, loaded))
+        if self.metrics is not None:
+            self.metrics.add([row])
         if self.board is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self.board.add_scalar(name, value, step)
+
+    def _problem_rows(self, step: int, loaded: LoadedBatch) -> list[Row]:
+        """Photos that failed for the first time, and how many masks were damaged."""
+        rows: list[Row] = []
+        for path, message in loaded.problems:
+            if printable(path) not in self.failed:
+                self.failed.add(printable(path))
+                rows.append({"step": step, "path": printable(path), "message": message})
+        if loaded.broken_masks:
+            rows.append({"step": step, "broken_masks": loaded.broken_masks})
+        return rows
 
     def _check(self, step: int, result: StepResult) -> None:
         self.empty_steps = 0 if result.masks else self.empty_steps + 1
@@ -117,7 +126,7 @@ class Report:
 
     def _row(
         self, step: int, result: StepResult, seconds: float, waited: float
-    ) -> dict[str, float | None]:
+    ) -> dict[str, int | float | None]:
         return {
             "step": step,
             "loss": result.loss if result.masks else None,
@@ -138,13 +147,15 @@ class Report:
         return int((self.recent.sum(dim=0) > 0).sum())
 
     def summary(self, step: int, seconds: float) -> TrainSummary:
-        """How the run stands."""
+        """How the run stands; problems are those of all processes."""
+        rows = [r for path in self.folder.glob("problems*.jsonl") for r in read_rows(path, step)]
         return TrainSummary(
             steps=step,
             finished=step >= self.config.steps,
             loss=self.loss,
             used_clusters=self.used_clusters,
-            problems=0 if self.tables is None else self.tables[1].count,
+            failed={str(row["path"]): str(row.get("message")) for row in rows if "path" in row},
+            broken_masks=sum(n for row in rows if isinstance(n := row.get("broken_masks"), int)),
             seconds=round(seconds, 1),
         )
 
@@ -154,16 +165,6 @@ def _entropy(counts: Int[Tensor, " K"]) -> float:
     if len(counts) < 2 or not counts.any():
         return 0.0
     return float(torch.special.entr(counts / counts.sum()).sum()) / math.log(len(counts))
-
-
-def _problem_rows(step: int, loaded: LoadedBatch) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = [
-        {"step": step, "path": printable(problem.path), "message": problem.message}
-        for problem in loaded.problems
-    ]
-    if loaded.broken_masks:
-        rows.append({"step": step, "broken_masks": loaded.broken_masks})
-    return rows
 
 
 def _tensorboard(folder: Path, step: int):  # type: ignore[no-untyped-def]  # an extra's type

@@ -28,6 +28,8 @@ from pixelclip.images import write_bytes
 
 log = logging.getLogger("pixelclip")
 
+Row = dict[str, object]
+
 FORMAT = {"format": "pixelclip-run", "version": 1}
 
 
@@ -142,13 +144,12 @@ class Rows:
             DataError: the file cannot be written.
         """
         self.path, self.with_csv = path, with_csv
-        rows = [row for row in read_rows(path) if int(row["step"]) <= step]
-        self.count = len(rows)
-        write_bytes(path, "".join(map(_line, rows)).encode())
+        self.rows = read_rows(path, step)
+        write_bytes(path, "".join(map(_line, self.rows)).encode())
         if with_csv:
-            self._rewrite_csv(rows)
+            self._rewrite_csv(self.rows)
 
-    def _rewrite_csv(self, rows: list[dict[str, float]]) -> None:
+    def _rewrite_csv(self, rows: list[Row]) -> None:
         with replacing(self.path.with_suffix(".csv")) as part, part.open("w", newline="") as file:
             if rows:
                 writer = csv.DictWriter(file, rows[0].keys())
@@ -164,7 +165,6 @@ class Rows:
         rows = list(rows)
         if not rows:
             return
-        self.count += len(rows)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(map(_line, rows)))
@@ -186,12 +186,17 @@ def _line(row: Mapping[str, object]) -> str:
     return json.dumps(row) + "\n"
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a JSON-lines table; a last line cut short is passed over."""
-    rows = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+def read_rows(path: Path, last_step: int) -> list[Row]:
+    """The rows of a JSON-lines table up to a step; what follows a broken line is passed over."""
+    rows: list[Row] = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        step = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(step, int):
+            break
+        if step <= last_step:
+            rows.append(row)
     return rows

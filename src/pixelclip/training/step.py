@@ -94,7 +94,7 @@ def make_targets(
 def _divisors(model: PixelClip, targets: Sequence[Targets], num_processes: int) -> list[float]:
     """What each micro-batch's summed loss is divided by; gradients are averaged over processes."""
     if model.config.loss_mean == "rank":
-        return [max(1, target.terms) * len(targets) for target in targets]
+        return [float(max(1, target.terms) * len(targets)) for target in targets]
     terms = sum(target.terms for target in targets)
     device = targets[0].maps.device
     total = float(all_reduced(torch.tensor(float(terms), device=device)))
