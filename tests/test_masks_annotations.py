@@ -102,7 +102,7 @@ def test_instances_are_found_by_name_or_by_base_name_if_only_one_has_it(tmp_path
     same_name = Photo(Path("elsewhere/a.jpg"), Path("a"))
     assert reader(same_name, SIZE).count == 2
     assert reader(Photo(Path("photos/b.jpg"), Path("b")), SIZE).areas().tolist() == [12]
-    assert reader(Photo(Path("photos/more/b.jpg"), Path("more/b")), SIZE).count == 1
+    assert reader(Photo(Path("photos/more/b.jpg"), Path("more/b")), SIZE) is None  # or other/b?
     assert reader(Photo(Path("photos/other/b.jpg"), Path("other/b")), SIZE).count == 0
 
 
@@ -227,13 +227,13 @@ def test_json_that_is_no_annotation_is_refused(tmp_path, content, message):
 
 def test_a_huge_json_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "a.json").open("wb") as file:
-        file.truncate(2**26 + 1)  # takes no space on the disk
-    with pytest.raises(DataError, match="is too large: 67 MB"):
+        file.truncate(2**24 + 1)  # takes no space on the disk
+    with pytest.raises(DataError, match="is too large: 17 MB"):
         open_masks(tmp_path)(PHOTO, SIZE)
 
 
 def test_a_huge_label_map_is_refused_before_it_is_decoded(tmp_path):
-    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (10**6).to_bytes(4) * 2
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (10**6).to_bytes(4) * 2 + b"\x08\0\0\0\0"
     (tmp_path / "a.png").write_bytes(header)
     with pytest.raises(DataError, match="has masks of 1000000 x 1000000 pixels"):
         open_masks(tmp_path)(PHOTO, SIZE)

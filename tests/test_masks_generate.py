@@ -55,7 +55,7 @@ def contents(folder):
 def test_every_photo_gets_its_masks(photos, tmp_path):
     assert make(photos, tmp_path / "out") == []
     store = MaskStore(tmp_path / "out")
-    assert sorted(store.photos()) == sorted(photo.stem.as_posix() for photo in photos)
+    assert sorted(store.photos()) == sorted(f"{photo.stem.as_posix()}.png" for photo in photos)
     for photo in photos:
         image = np.asarray(Image.open(photo.path))
         assert store(photo, image.shape[:2]).to_rle() == halves(image).to_rle()
@@ -163,7 +163,7 @@ def test_a_store_of_other_photos_is_refused(photos, tmp_path):
     make(photos, tmp_path / "out", settings={"range": (1, 2)})  # a tuple becomes a list
     with pytest.raises(DataError, match=r"holds masks with other photos \(12, now 11\); choose"):
         make(photos[1:], tmp_path / "out", settings={"range": (1, 2)})
-    renamed = [photos[0]._replace(stem=Path("renamed")), *photos[1:]]
+    renamed = [Photo(Path("renamed.png"), Path("renamed")), *photos[1:]]
     with pytest.raises(DataError, match="other photos_sha256"):
         make(renamed, tmp_path / "out", settings={"range": (1, 2)})
 

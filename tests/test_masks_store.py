@@ -11,7 +11,9 @@ import pytest
 
 from pixelclip.errors import DataError
 from pixelclip.images import Photo
+from pixelclip.masks import store as store_module
 from pixelclip.masks.annotations import open_masks
+from pixelclip.masks.names import photo_name
 from pixelclip.masks.runs import from_labels, from_masks, from_rle
 from pixelclip.masks.store import (
     SCHEMA,
@@ -40,10 +42,10 @@ def store_dir(tmp_path):
     """A store of 11 photos in two shards."""
     folder = tmp_path / "store"
     write_manifest(folder, {"source": "test"})
-    names = [f"sub/{index}" for index in range(10)]
+    names = [f"sub/{index}.jpg" for index in range(10)]
     rows = [make_row(name, some_masks(index)) for index, name in enumerate(names)]
     write_shard(folder, 0, rows[:7])
-    write_shard(folder, 1, [*rows[7:], make_row("ü/雪", some_masks(3))])
+    write_shard(folder, 1, [*rows[7:], make_row("ü/雪.jpg", some_masks(3))])
     return folder
 
 
@@ -51,7 +53,7 @@ def test_a_store_gives_back_what_was_written(store_dir):
     store = pickle.loads(pickle.dumps(open_masks(store_dir)))
     assert isinstance(store, MaskStore)
     assert len(store) == 11
-    assert store.photos()[7:] == ["sub/7", "sub/8", "sub/9", "ü/雪"]
+    assert store.photos()[7:] == ["sub/7.jpg", "sub/8.jpg", "sub/9.jpg", "ü/雪.jpg"]
     for seed, name in [*((index, f"sub/{index}") for index in range(10)), (3, "ü/雪")]:
         written, found = some_masks(seed), store(photo(name), SIZE)
         assert found.to_rle() == written.to_rle()
@@ -72,11 +74,40 @@ def test_masks_of_another_size_are_refused(store_dir):
         MaskStore(store_dir)(photo("sub/1"), (7, 9))
 
 
-def test_names_that_are_no_text_are_stored(tmp_path):
+def test_names_that_are_no_text_are_stored_and_told_apart(tmp_path):
     write_manifest(tmp_path, {})
-    odd = Photo(Path("a"), Path("\udcff"))
-    write_shard(tmp_path, 0, [make_row("\ufffd", some_masks(1))])
-    assert MaskStore(tmp_path)(odd, SIZE).count == 1
+    names = ["in/\udcff.jpg", "in/\udcfe.jpg", "in/\ufffd.jpg", "in/%FF.jpg"]
+    photos = [Photo(Path(name), Path(name).with_suffix("")) for name in names]
+    assert photo_name(photos[0]) == "/in/%FF.jpg"
+    rows = [make_row(photo_name(photos[index]), some_masks(index + 1)) for index in range(4)]
+    write_shard(tmp_path, 0, rows)
+    store = MaskStore(tmp_path)
+    for index in range(4):
+        assert store(photos[index], SIZE).to_rle() == some_masks(index + 1).to_rle()
+
+
+def test_photos_that_differ_in_their_suffix_keep_their_masks(tmp_path):
+    """One is named otherwise by `find_photos` as soon as the other is there."""
+    write_manifest(tmp_path, {})
+    alone = Photo(Path("d/1.jpg"), Path("1"))
+    write_shard(tmp_path, 0, [make_row(photo_name(alone), some_masks(3))])
+    store = MaskStore(tmp_path)
+    assert store(Photo(Path("d/1.jpg"), Path("1.jpg")), SIZE).count == 3
+    assert store(Photo(Path("d/1.png"), Path("1.png")), SIZE) is None
+    assert store(Photo(Path("e/1.jpg"), Path("1.jpg-2")), SIZE) is None
+
+
+def test_a_photo_that_occurs_twice_is_an_error(store_dir):
+    write_shard(store_dir, 2, [make_row("sub/3.jpg", some_masks(3))])
+    with pytest.raises(DataError, match=r"has the photo 'sub/3\.jpg' twice"):
+        MaskStore(store_dir)
+
+
+@pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_NAME_BYTES"])
+def test_a_shard_of_too_many_photos_is_refused(store_dir, monkeypatch, limit):
+    monkeypatch.setattr(store_module, limit, 6)
+    with pytest.raises(DataError, match=r"shard-00000\.parquet is damaged or too large: 7 photos"):
+        MaskStore(store_dir)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +128,21 @@ def test_a_shard_with_other_columns_is_refused(store_dir):
 
 
 def test_a_row_without_a_score_per_mask_is_refused(store_dir):
-    record = {"photo": "a", "height": 9, "width": 7, "counts": [b"o1"], "scores": [], "areas": [1]}
+    record = {
+        "photo": "a.jpg",
+        "height": 9,
+        "width": 7,
+        "counts": [b"o1"],
+        "scores": [],
+        "areas": [1],
+    }
     pq.write_table(pa.Table.from_pylist([record], SCHEMA), shard_path(store_dir, 2))
     with pytest.raises(DataError, match=r"shard-00002\.parquet is damaged: row 0"):
         MaskStore(store_dir)(photo("a"), SIZE)
 
 
 def test_damaged_codes_in_a_shard_are_counted(store_dir):
-    record = {"photo": "a", "height": 9, "width": 7, "areas": [1, 63]}
+    record = {"photo": "a.jpg", "height": 9, "width": 7, "areas": [1, 63]}
     record |= {"counts": [b"\xff", from_labels(np.ones(SIZE, int)).to_rle()[0]], "scores": [0.5, 1]}
     pq.write_table(pa.Table.from_pylist([record], SCHEMA), shard_path(store_dir, 2))
     masks = MaskStore(store_dir)(photo("a"), SIZE)
@@ -143,7 +181,7 @@ def test_flipped_bits_never_change_masks(store_dir):
 
 def test_a_store_that_changes_under_a_reader_is_an_error(store_dir):
     store = MaskStore(store_dir)
-    write_shard(store_dir, 1, [make_row("sub/7", some_masks(7))])
+    write_shard(store_dir, 1, [make_row("sub/7.jpg", some_masks(7))])
     with pytest.raises(DataError, match="has changed since"):
         store(photo("sub/9"), SIZE)
     shard_path(store_dir, 0).unlink()

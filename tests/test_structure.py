@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src/pixelclip"
 
 LEVELS = {
-    "errors": -2, "files": -1, "config": 0, "device": 0, "progress": 0, "images": 0, "samples": 0,
+    "errors": -2, "files": -1, "heads": -1,
+    "workers": 0, "config": 0, "device": 0, "progress": 0, "images": 0, "samples": 0,
     "checkpoint": 1, "upsample": 1, "overlay": 1, "rings": 1, "segmentation": 2,
     "backbones": 2, "plan": 2, "masks": 2,
     "vocabulary": 3, "hub": 3,

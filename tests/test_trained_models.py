@@ -10,7 +10,7 @@ from pixelclip.backbones import Backbone, exported_state, load_backbone, save_ba
 from pixelclip.checkpoint import read_card, read_state
 from pixelclip.errors import ModelError
 from pixelclip.segmenter import Segmenter
-from pixelclip.training.run import RunDir
+from pixelclip.training.run import newest_checkpoint
 from pixelclip.training.start import train
 from tests.tiny import photo
 from tests.training import SMALL, write_photos
@@ -54,7 +54,7 @@ def text_state(backbone: Backbone) -> dict[str, torch.Tensor]:
 def assert_trained(run: Path, base: Backbone) -> Backbone:
     """The run's model: its checkpoint's weights where those changed, else the base's."""
     loaded = load_backbone(str(run), device="cpu")
-    weights = RunDir(run).load()["weights"]
+    weights = newest_checkpoint(run)["weights"]
     now, before = loaded.visual.state_dict(), base.visual.state_dict()
     moved = 0
     for name, tensor in now.items():

@@ -166,7 +166,7 @@ def test_photos_none_of_which_can_be_used_are_one_line(num_workers, tmp_path):
     with pytest.raises(DataError) as caught:
         next(loader)
     assert str(caught.value) == (
-        "20 photos in a row cannot be used for training; the last:"
+        "1 photos in a row cannot be used for training; the first:"
         f" no such photo: {tmp_path / 'a.jpg'}"
     )
 

@@ -13,7 +13,7 @@ import torch
 
 from pixelclip.backbones import load_backbone, save_backbone
 from pixelclip.errors import ConfigError, DataError, PixelClipError
-from pixelclip.training.run import RunDir
+from pixelclip.training.run import checkpoints, newest_checkpoint
 from pixelclip.training.start import train
 from tests.tiny import tiny_vit
 from tests.training import (
@@ -65,12 +65,12 @@ def stopped_after(arguments: list[str], log: Path, step: int, number: int = sign
     at = (number, str(output / "metrics.jsonl"), step)
     code, text = run(arguments, log, signal_at=at)
     assert code == 130, text
-    assert len(read_rows(output)) == RunDir(output).load()["step"] == step
+    assert len(read_rows(output)) == newest_checkpoint(output)["step"] == step
     return output
 
 
 def newest(output: Path) -> Path:
-    return RunDir(output).checkpoints()[-1]
+    return checkpoints(output)[-1]
 
 
 # It learns
@@ -89,7 +89,7 @@ def test_loss_falls_on_fixed_photos(inputs, output):
 def test_a_run_leaves_what_the_documents_say(whole):
     names = {path.name for path in whole.iterdir()}
     assert {"run.json", "checkpoints", "metrics.jsonl", "metrics.csv", "model.safetensors"} <= names
-    assert [p.name for p in RunDir(whole).checkpoints()] == [
+    assert [p.name for p in checkpoints(whole)] == [
         "step-00000005.pt", "step-00000006.pt"
     ]  # fmt: skip
     assert not [path for path in whole.rglob("*") if path.name.endswith(".part")]
@@ -115,7 +115,7 @@ def test_a_run_killed_at_many_places_ends_equal(inputs, whole, output, log):
     assert codes.count(-signal.SIGKILL) >= 5
     assert run(command(*inputs, output, steps=STEPS), log)[0] == 0
     assert_same_run(output, whole)
-    assert set(RunDir(output).checkpoints()) >= {newest(output)}
+    assert set(checkpoints(output)) >= {newest(output)}
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -162,9 +162,9 @@ def foreign(content: bytes) -> bytes:
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(inputs, whole, output, log, damage):
     stopped_after(command(*inputs, output, steps=STEPS, keep_checkpoints=9), log, 3)
     path = newest(output)
-    before = RunDir(output).load()["step"]
+    before = newest_checkpoint(output)["step"]
     path.write_bytes(damage(path.read_bytes()))
-    assert RunDir(output).load()["step"] == before - 1
+    assert newest_checkpoint(output)["step"] == before - 1
     code, text = run(command(*inputs, output, steps=STEPS), log)
     assert code == 0
     assert f"{path} is damaged; going back to the one before" in " ".join(text.split())
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(inputs, whole, output
 def test_a_full_disk_is_one_line_and_harms_nothing(inputs, whole, output, log, share):
     """Files may not grow beyond a share of the checkpoint's size, or of the model's."""
     stopped_after(command(*inputs, output, steps=STEPS), log, 2)
-    before = RunDir(output).load()
+    before = newest_checkpoint(output)
     sizes = [newest(output).stat().st_size, (output / "model.safetensors").stat().st_size]
     limit = int(share * max(sizes)) - 1
     code, text = run(command(*inputs, output, steps=STEPS), log, file_limit=limit)
@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(inputs, whole, output, log, s
     assert (code, len(lines)) == (2, 1), text
     assert lines[0].startswith(f"{MESSAGE}cannot write {output}")
     assert "Traceback" not in text
-    assert RunDir(output).load()["step"] == before["step"]
+    assert newest_checkpoint(output)["step"] == before["step"]
     assert not [path for path in output.rglob("*") if path.name.endswith(".part")]
     assert run(command(*inputs, output, steps=STEPS), log)[0] == 0
     assert_same_run(output, whole)
@@ -225,7 +225,7 @@ def test_what_does_not_touch_the_result_may_change(inputs, whole, output, log):
     code, text = run(command(*inputs, output, steps=STEPS, **changes), log)
     assert code == 0, text
     assert_same_run(output, whole)
-    assert len(RunDir(output).checkpoints()) == 1
+    assert len(checkpoints(output)) == 1
 
 
 # Several processes
@@ -325,7 +325,7 @@ def test_masks_of_another_size_are_an_error(inputs, tmp_path):
     names = sorted(masks.iterdir())
     for path, content in zip(names, [p.read_bytes() for p in names[1:] + names[:1]], strict=True):
         path.write_bytes(content)
-    with pytest.raises(DataError, match="20 photos in a row cannot be used for training"):
+    with pytest.raises(DataError, match="photos in a row cannot be used for training"):
         train(photos, tmp_path / "run", masks=masks, model=str(inputs[2]), device="cpu", **SMALL)
 
 

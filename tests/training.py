@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import random
 import sys
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -91,7 +90,10 @@ def run(arguments: list[str], log: Path, **options: object) -> tuple[int, str]:
 
 
 def random_numbers_moved(arguments: list[str], log: Path) -> list[str]:
-    """Generators that the command line draws from; in this process beartype draws, too."""
+    """Generators that the command line draws from; in this process beartype draws, too.
+
+    Python's own is left out: libraries draw from it while they wait, and training never does.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_compare_generators, args=(arguments, log))
@@ -105,7 +107,6 @@ def _compare_generators(arguments: list[str], log: Path) -> None:
         return {
             "torch": str(torch.get_rng_state().tolist()),
             "numpy": str(np.random.get_state()[1].tolist()),
-            "random": str(random.getstate()),
         }
 
     before = states()

@@ -107,9 +107,9 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    steps: int = Field(10_000, ge=1)
-    batch_size: int = Field(48, ge=1)
-    micro_batches: int = Field(1, ge=1)
+    steps: int = Field(10_000, ge=1, le=10**9)
+    batch_size: int = Field(48, ge=1, le=65_536)
+    micro_batches: int = Field(1, ge=1, le=65_536)
     seed: int = Field(0, ge=0, lt=2**32)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -120,8 +120,8 @@ class TrainConfig(BaseModel):
     words: str = "common"
     train_templates: str = "single"
     assigner: Literal["sinkhorn", "queue", "softmax", "none"] = "sinkhorn"
-    queue_steps: int = Field(16, ge=1)
-    temperature: float = Field(100.0, gt=0)
+    queue_steps: int = Field(16, ge=1, le=65_536)
+    temperature: float = Field(100.0, gt=0, le=1e6)
     momentum: float = Field(0.999, ge=0, le=1)
     strong_view: bool = True
     drop_path: bool = True
@@ -137,11 +137,11 @@ class TrainConfig(BaseModel):
     max_pixels: int = Field(128_000_000, ge=1)
 
     finetune: Literal["attention", "full"] | tuple[str, ...] = "attention"
-    learning_rate: float = Field(2e-4, gt=0)
-    clip_multiplier: float = Field(0.01, gt=0)
-    prompt_multiplier: float = Field(10.0, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    clip_norm: float = Field(0.01, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, le=100)
+    clip_multiplier: float = Field(0.01, gt=0, le=1e4)
+    prompt_multiplier: float = Field(10.0, gt=0, le=1e4)
+    weight_decay: float = Field(1e-4, ge=0, le=100)
+    clip_norm: float = Field(0.01, gt=0, le=1e6)
     loss_mean: Literal["global", "rank"] = "global"
 
     num_workers: int = Field(2, ge=0, le=256)
@@ -153,10 +153,17 @@ class TrainConfig(BaseModel):
     @field_validator("finetune", mode="before")
     @classmethod
     def _patterns(cls, value: object) -> object:
-        """Patterns may come as one text with commas."""
-        if isinstance(value, str) and value not in ("attention", "full"):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+        """Patterns may come as one text with commas; their order means nothing."""
+        if isinstance(value, str):
+            if value in ("attention", "full"):
+                return value
+            value = value.split(",")
+        if not isinstance(value, Sequence) or not all(isinstance(part, str) for part in value):
+            return value
+        found = tuple(sorted({part.strip() for part in value} - {""}))
+        if not found:
+            raise ValueError("names no weights; say attention, full or patterns")
+        return found
 
 
 # May change when a run is resumed: they do not touch the result.
@@ -182,9 +189,9 @@ def train_config(
     for name in (family, recipe):
         if name is not None:
             values |= read_recipe(name)
-            make_config(TrainConfig, origin=f"recipe {name}", **values)
+            validated(TrainConfig, values, f"recipe {name} ")
     values |= {name: _value(value) for name, value in (settings or {}).items()}
-    return make_config(TrainConfig, origin="--set", **values)
+    return validated(TrainConfig, values, "--set ")
 
 
 def recipe_names() -> list[str]:
@@ -205,7 +212,7 @@ def read_recipe(name: str) -> dict[str, object]:
         return tomllib.loads(files("pixelclip").joinpath(f"recipes/{name}.toml").read_text("utf-8"))
     try:
         return tomllib.loads(Path(name).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         available = ", ".join(recipe_names())
         raise ConfigError(f"cannot read recipe {name}: {error}; available: {available}") from error
 
@@ -228,37 +235,45 @@ def _value(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed: object = tomllib.loads(f"value = {value}")["value"]
+    except (ValueError, RecursionError):
         return value
+    return value if isinstance(parsed, dict) else parsed  # a template is {} too
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def make_config(cls: type[Model], *, origin: str = "", **values: object) -> Model:
-    """A settings model from values; None means: not given.
+def make_config(cls: type[Model], /, **values: object) -> Model:
+    """A settings model from the values of options of the same names; None means: not given.
+
+    Raises:
+        ConfigError: a value is not allowed; the message names the option.
+    """
+    return validated(cls, {key: value for key, value in values.items() if value is not None})
+
+
+def validated(cls: type[Model], values: Mapping[str, object], origin: str | None = None) -> Model:
+    """A settings model from values.
 
     Args:
         cls: the settings model.
-        origin: where the values come from, for messages; empty: options of the same names.
         values: by field.
+        origin: where they come from, for messages; None: options.
 
     Raises:
         ConfigError: a value is not allowed; the message names the field.
     """
     try:
-        return cls.model_validate(
-            {key: value for key, value in values.items() if value is not None}
-        )
+        return cls.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        where = f"{origin} {name}" if origin else f"--{name.replace('_', '-')}"
+        where = f"--{name.replace('_', '-')}" if origin is None else f"{origin}{name}"
         if first["type"] == "extra_forbidden":
             near = get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
-            hint = (
-                f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.model_fields)}"
-            )
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(cls.model_fields)}"
             raise ConfigError(f"{where}: no such setting; {hint}") from error
-        raise ConfigError(f"{where}: {first['msg'].lower()} (got {first['input']!r})") from error
+        got = repr(first["input"])
+        got = got if len(got) <= 80 else f"{got[:77]}..."
+        raise ConfigError(f"{where}: {first['msg'].lower()} (got {got})") from error

@@ -1,8 +1,23 @@
 """The errors a user can cause; each message is one line that says what to do."""
 
+from unicodedata import category
+
+_UNSEEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, lone surrogates, breaks of lines
+
 
 class PixelClipError(Exception):
-    """Base of all errors that a command prints as one line (exit code 2)."""
+    """Base of all errors that a command prints as one line (exit code 2).
+
+    Names of files may hold anything: control characters are shown as Python would write them.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(visible(message))
+
+
+def visible(text: str) -> str:
+    """The text in one line that any encoder takes: other characters as Python escapes them."""
+    return "".join(ascii(c)[1:-1] if category(c) in _UNSEEN else c for c in text)
 
 
 class ConfigError(PixelClipError):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pixelclip.errors import visible
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -27,5 +29,5 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def printable(path: Path) -> str:
-    """The path as text that any encoder takes; bytes that are no UTF-8 become question marks."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """The path as one line that any encoder takes; bytes that are no UTF-8 are question marks."""
+    return visible(os.fsencode(path).decode("utf-8", "replace"))

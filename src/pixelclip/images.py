@@ -12,12 +12,14 @@ from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from pixelclip.errors import DataError
 from pixelclip.files import replacing
+from pixelclip.heads import png_without_pixels
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MAX_PIXELS = 128_000_000
@@ -87,7 +89,7 @@ def find_photos(paths: Sequence[Path]) -> list[Photo]:
 def is_photo(path: Path, folder: Path) -> bool:
     """Whether a file in a folder is named like a photo that a person put there."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ours = path.name.endswith((".labels.png", ".overlay.png"))
+    ours = path.name.endswith((".labels.png", ".overlay.png", ".clusters.png"))
     return path.suffix.lower() in PHOTO_SUFFIXES and not hidden and not ours and path.is_file()
 
 
@@ -116,7 +118,7 @@ def load_photo(
     Raises:
         DataError: the file is missing, not a photo, damaged, cut short or too large.
     """
-    with _reading(path), _open(path, PHOTO_FORMATS) as image:
+    with reading(path), _open(path, PHOTO_FORMATS) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise DataError(
@@ -124,29 +126,36 @@ def load_photo(
                 f" megapixels, the limit is {max_pixels / 1e6:.0f}; allow it with"
                 f" --max-pixels {width * height}"
             )
-        if at_least is not None:
+        if at_least is not None and isinstance(image, JpegImageFile):
             lying = TURNS.get(_orientation(image)) in LYING
             image.draft(None, (at_least[1], at_least[0]) if lying else at_least)
         return _decoded(image)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of the upright photo, from the head of its file.
 
     Raises:
-        DataError: the file is missing, not a photo or damaged.
+        DataError: the file is missing, not a photo, damaged or too large.
     """
-    with _reading(path), _open(path, PHOTO_FORMATS) as image:
-        if not isinstance(image, TiffImageFile):
-            return photo_size(image)
-        # Pillow turns the `size` of a TIFF by itself, sooner or later as its version is.
-        width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
-        lying = TURNS.get(_orientation(image)) in LYING
-        return (height, width) if lying else (width, height)
+    with reading(path), _open(path, PHOTO_FORMATS) as image:
+        width, height = image.size
+        orientation = _orientation(image)
+        if isinstance(image, TiffImageFile):  # Pillow may have turned its `size`, or may later
+            width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
+        elif image.format == "PNG":
+            with _open(png_without_pixels(path), ("PNG",)) as head:
+                orientation = _orientation(head)
+    if width * height > max_pixels:
+        raise DataError(
+            f"{path} is too large: {width} x {height} = {width * height / 1e6:.0f} megapixels,"
+            f" the limit is {max_pixels / 1e6:.0f} megapixels (max_pixels)"
+        )
+    return (height, width) if TURNS.get(orientation) in LYING else (width, height)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Whatever goes wrong with a photo inside the block becomes a line on this path."""
     try:
         yield
@@ -164,7 +173,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _open(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+def _open(path: Path | io.BytesIO, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """Open an image of one of these formats, without Pillow's own size limit.
 
     `max_pixels` replaces the limit. Other formats are not even tried, as some of Pillow's
@@ -198,9 +207,11 @@ def _decoded(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8."""
+    """EXIF orientation, 1 (upright) to 8; of a PNG not decoded yet, what precedes the pixels."""
     try:
-        value = image.getexif().get(ORIENTATION, 1)
+        value = Image.Image.getexif(image).get(ORIENTATION, 1)  # a PNG's own decodes the pixels
+    except MemoryError:
+        raise
     except Exception:  # damaged EXIF blocks raise anything; the pixels are still good
         return 1
     return value if value in range(1, 9) else 1
@@ -344,21 +355,39 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def read_labels(path: Path) -> Integer[np.ndarray, "H W"]:
+def read_labels(path: Path) -> Int64[np.ndarray, "H W"]:
     """A label map from a PNG with one channel of 8 or 16 bits (palettes keep their indices).
 
     Raises:
         DataError: the file is missing, damaged or has several channels.
     """
+    return read_indices(path).astype(np.int64)
+
+
+def read_indices(path: Path) -> Shaped[np.ndarray, "H W"]:
+    """The same in the type that is stored, which takes an eighth of the memory.
+
+    Raises:
+        DataError: the file is missing, damaged or has several channels.
+    """
+    modes = {"L", "P", "I", "I;16", "I;16B", "1"}
+    labels = read_png(path, modes, "has several channels; a label map has one")
+    return labels.view(np.uint8) if labels.dtype == bool else labels
+
+
+def read_png(path: Path, modes: set[str], otherwise: str) -> Shaped[np.ndarray, "H W *C"]:
+    """The pixels of a PNG as they are stored, if its mode, in Pillow's words, is one of these.
+
+    Raises:
+        DataError: the file is missing or damaged, or of another mode: it `otherwise`.
+    """
     try:
         with _open(path, ("PNG",)) as image:
-            if image.mode not in {"L", "P", "I", "I;16", "I;16B", "1"}:
-                raise DataError(f"{path} has several channels; a label map has one")
-            return np.asarray(image).astype(np.int64)
-    except DataError:
-        raise
+            if image.mode in modes:
+                return np.asarray(image)
     except Exception as error:  # Pillow's parsers raise anything on damaged files
         raise DataError(f"cannot read label map {path}: {error}") from error
+    raise DataError(f"{path} {otherwise}")
 
 
 def for_overlay(photo: Photograph) -> Image.Image:

@@ -27,23 +27,35 @@ def progress_bar(*, quiet: bool, note: bool = False) -> Progress:
     return Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
 
 
-class Ticker:
-    """Lines in place of a bar where stderr is no terminal: one a minute."""
+class Shown:
+    """Progress of a long run: a bar, or a line a minute where stderr is no terminal."""
 
-    def __init__(self, total: int, first: int, *, quiet: bool):
+    def __init__(self, what: str, total: int, first: int, *, quiet: bool):
         self.total, self.first = total, first
-        self.silent = quiet or sys.stderr.isatty()
+        is_terminal = sys.stderr.isatty()
+        self.has_lines = not quiet and not is_terminal
+        self.bar = progress_bar(quiet=quiet or not is_terminal, note=True)
+        self.task = self.bar.add_task(what, total=total, completed=first, note="")
         self.started = self.last = time.monotonic()
 
-    def tick(self, done: int, note: str) -> None:
-        """Say how much is done, and the time left, if a minute has passed."""
+    def __enter__(self) -> "Shown":
+        """Show it."""
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Take it away."""
+        self.bar.stop()
+
+    def update(self, done: int, note: str) -> None:
+        """Say how much is done, and what else is to be said."""
+        self.bar.update(self.task, completed=done, note=note)
         now = time.monotonic()
-        if self.silent or now - self.last < LINE_EVERY:
-            return
-        self.last = now
-        left = (now - self.started) / (done - self.first) * (self.total - done)
-        minutes = math.ceil(left / 60)
-        log.info("%d of %d, %d min left, %s", done, self.total, minutes, note)
+        if self.has_lines and now - self.last >= LINE_EVERY:
+            self.last = now
+            left = (now - self.started) / (done - self.first) * (self.total - done)
+            minutes = math.ceil(left / 60)
+            log.info("%d of %d, %d min left, %s", done, self.total, minutes, note)
 
 
 def hush(quiet: bool) -> None:

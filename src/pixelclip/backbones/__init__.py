@@ -303,6 +303,6 @@ def weights_hash(module: nn.Module) -> str:
     digest = hashlib.blake2b(type(module).__name__.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                      if tensor.ndim else str(tensor.item()).encode())  # fmt: skip
+        values = tensor.detach().cpu().flatten()  # in one order, whatever the memory format
+        digest.update(values.numpy().tobytes() if tensor.ndim else str(tensor.item()).encode())
     return digest.hexdigest()

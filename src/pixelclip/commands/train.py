@@ -58,21 +58,16 @@ def train_command(
     from dataclasses import asdict
 
     from pixelclip.config import parse_settings
+    from pixelclip.device import keep_heap
     from pixelclip.progress import hush
-    from pixelclip.training.start import train
+    from pixelclip.training.loop import run_job
+    from pixelclip.training.start import job_config, make_job
 
     hush(quiet)
-    summary = train(
-        images,
-        output,
-        masks=masks,
-        model=model,
-        checkpoint=checkpoint,
-        recipe=recipe,
-        device=device,
-        quiet=quiet,
-        **parse_settings(settings or []),
-    )
+    keep_heap()
+    job = make_job(images, output, masks=masks, model=model, checkpoint=checkpoint, device=device)
+    config = job_config(job, recipe, parse_settings(settings or []))
+    summary = run_job(job, config, quiet=quiet)
     is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts several of us
     if as_json and is_main:
         print(json.dumps({"output": str(output), **asdict(summary)}))

@@ -2,15 +2,18 @@
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Int32
 
 from pixelclip.errors import DataError
-from pixelclip.images import Photo, load_photo
+from pixelclip.heads import png_head
+from pixelclip.images import Photo, read_png
+from pixelclip.masks.names import SharedNames, shared_names
 from pixelclip.masks.records import (
     Size,
     check_size,
@@ -41,21 +44,57 @@ class InstanceEntry(NamedTuple):
     scores: list[float]
 
 
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class Named(Generic[Entry]):
+    """What is known of photos, by their file names.
+
+    Attributes:
+        entries: per file name.
+        by_last_part: the file name that ends like this, where only one does.
+        shared: names that are no photo's own.
+    """
+
+    entries: dict[str, Entry]
+    by_last_part: dict[str, str]
+    shared: SharedNames
+
+    def find(self, photo: Photo) -> Entry | None:
+        """What is known under the path of a photo below its folder, or else under its last part."""
+        for name in self.shared.paths_of(photo):
+            if name in self.entries:
+                return self.entries[name]
+        ends = (self.by_last_part.get(name) for name in self.shared.names_of(photo))
+        return next((self.entries[name] for name in ends if name is not None), None)
+
+
+def _named(entries: dict[str, Entry], shared: SharedNames) -> Named[Entry]:
+    last_parts = Counter(PurePosixPath(name).name for name in entries)
+    ends = ((PurePosixPath(name).name, name) for name in entries)
+    return Named(entries, {end: name for end, name in ends if last_parts[end] == 1}, shared)
+
+
 @dataclass(frozen=True)
 class CocoInstances:
     """Masks of photos by the file name that an instances file gives them.
 
     Attributes:
         path: of the annotation file.
-        entries: per file name.
+        named: what it says of each photo.
     """
 
     path: Path
-    entries: dict[str, InstanceEntry]
+    named: Named[InstanceEntry]
+
+    def knows(self, photo: Photo) -> bool:
+        """Whether the file names the photo."""
+        return self.named.find(photo) is not None
 
     def __call__(self, photo: Photo, size: Size) -> PhotoMasks | None:
         """The masks of a photo of this height and width; None if the file does not name it."""
-        entry = _of_photo(self.entries, photo)
+        entry = self.named.find(photo)
         if entry is None:
             return None
         check_size(entry.size or size, size, self.path)
@@ -69,29 +108,32 @@ class CocoPanoptic:
 
     Attributes:
         path: of the annotation file.
-        entries: per file name the name of its PNG, which lies beside the file or in a folder
-            named like the file.
+        named: per photo the name of its PNG, which lies beside the file or in a folder named
+            like the file.
     """
 
     path: Path
-    entries: dict[str, str]
+    named: Named[str]
+
+    def knows(self, photo: Photo) -> bool:
+        """Whether the file names the photo."""
+        return self.named.find(photo) is not None
 
     def __call__(self, photo: Photo, size: Size) -> PhotoMasks | None:
         """The masks of a photo of this height and width; None if the file does not name it."""
-        name = _of_photo(self.entries, photo)
+        name = self.named.find(photo)
         if name is None:
             return None
         path = self._find(name)
-        segments = _read_segments(path)
-        check_size(segments.shape, size, path)
-        return from_labels(segments, ignore=(0,))
+        return from_labels(_read_segments(path, size), ignore=(0,))
 
     def _find(self, name: str) -> Path:
         """The PNG of that name; a name that leads out of the folder is refused."""
         parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
         leads_out = ".." in parts or name.startswith(("/", "\\")) or PureWindowsPath(name).drive
         folders = (self.path.parent, self.path.with_suffix(""))
-        path = None if leads_out else first_file(folder / name for folder in folders)
+        is_none = leads_out or not PurePosixPath(name).name
+        path = None if is_none else first_file(folder / name for folder in folders)
         if path is None:
             raise DataError(
                 f"{self.path} names the PNG {name[:80]!r}, which is neither beside it nor in"
@@ -100,11 +142,11 @@ class CocoPanoptic:
         return path
 
 
-def open_coco(path: Path) -> CocoInstances | CocoPanoptic:
-    """The reader of a COCO annotation file.
+def open_coco(path: Path, photos: Sequence[Photo] = ()) -> CocoInstances | CocoPanoptic:
+    """The reader of a COCO annotation file for these photos.
 
     Raises:
-        DataError: it is none.
+        DataError: it is none, or gives one identity to several photos.
     """
     document = read_json(path, max_bytes=MAX_COCO_BYTES)
     images = records(document, "images", path)
@@ -112,27 +154,53 @@ def open_coco(path: Path) -> CocoInstances | CocoPanoptic:
     by_image: dict[object, list[dict[str, object]]] = defaultdict(list)
     for annotation in annotations:
         by_image[_key(annotation.get("image_id"))].append(annotation)
-    named = {
-        name: (image, by_image[key])
-        for image in images
-        if isinstance(name := image.get("file_name"), str)
-        and (key := _key(image.get("id"))) is not None
-    }
-    if not named:
-        raise DataError(f"{path} names no photo: its 'images' need an 'id' and a 'file_name'")
+    named = _by_file_name(images, by_image, path)
+    shared = shared_names(photos)
     if any("segments_info" in annotation for annotation in annotations):
         files = {
             name: file
             for name, (_, own) in named.items()
             if own and isinstance(file := own[0].get("file_name"), str)
         }
-        return CocoPanoptic(path, _with_base_names(files))
+        return CocoPanoptic(path, _named(files, shared))
     entries = {name: _entry(image, own, path) for name, (image, own) in named.items()}
-    return CocoInstances(path, _with_base_names(entries))
+    return CocoInstances(path, _named(entries, shared))
+
+
+def _by_file_name(
+    images: Sequence[dict[str, object]],
+    by_image: Mapping[object, list[dict[str, object]]],
+    path: Path,
+) -> dict[str, tuple[dict[str, object], list[dict[str, object]]]]:
+    """Per file name the image and the annotations of all images of that name.
+
+    Raises:
+        DataError: none has a name, or several names have one identity.
+    """
+    names: dict[object, str] = {}
+    named: dict[str, tuple[dict[str, object], list[dict[str, object]]]] = {}
+    for image in images:
+        name, key = image.get("file_name"), _key(image.get("id"))
+        if not isinstance(name, str) or key is None or names.get(key) == name:
+            continue
+        if key in names:
+            raise DataError(
+                f"{path} gives the id {key!r} to two photos, {names[key][:80]!r} and {name[:80]!r}"
+            )
+        names[key] = name
+        first, own = named.get(name, (image, []))
+        named[name] = first, own + by_image.get(key, [])
+    if not named:
+        raise DataError(f"{path} names no photo: its 'images' need an 'id' and a 'file_name'")
+    return named
 
 
 def _key(identity: object) -> int | str | None:
-    """An image's identity if it is one; a list, say, cannot be looked up."""
+    """An image's identity if it is one: a list, say, cannot be looked up. 7.0 is 7."""
+    if isinstance(identity, float) and identity.is_integer():
+        return int(identity)
+    if isinstance(identity, bool):
+        return None
     return identity if isinstance(identity, int | str) else None
 
 
@@ -147,27 +215,16 @@ def _entry(
     return InstanceEntry(frame(image), text, [quality(annotation) for annotation in annotations])
 
 
-Entry = TypeVar("Entry")
-
-
-def _with_base_names(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """The entries also under the last part of their names, where only one has it."""
-    shared = Counter(PurePosixPath(name).name for name in entries)
-    short = {PurePosixPath(name).name: entry for name, entry in entries.items()}
-    return {name: entry for name, entry in short.items() if shared[name] == 1} | entries
-
-
-def _of_photo(entries: dict[str, Entry], photo: Photo) -> Entry | None:
-    """What is known under the name of a photo below its folder, or else under its file's."""
-    stem = photo.stem.as_posix()
-    names = (f"{stem}{photo.path.suffix}", stem, photo.path.name)
-    return next((entries[name] for name in names if name in entries), None)
-
-
-def _read_segments(path: Path) -> Int32[np.ndarray, "H W"]:
+def _read_segments(path: Path, size: Size) -> Int32[np.ndarray, "H W"]:
     """The segment of each pixel of a panoptic PNG: red + 256 green + 65536 blue."""
-    image = load_photo(path)
-    if image.mode != "RGB":
-        raise DataError(f"{path} is no panoptic PNG: its pixels are not RGB")
-    red, green, blue = np.moveaxis(np.asarray(image, dtype=np.int32), 2, 0)
-    return red + 256 * green + 65536 * blue
+    head = png_head(path)
+    check_size((head.height, head.width), size, path)  # before a huge one is decoded
+    no_colours = "is no panoptic PNG: its pixels are not RGB of 8 bits"
+    if head.depth != 8:
+        raise DataError(f"{path} {no_colours}")
+    pixels = read_png(path, {"RGB"}, no_colours)
+    segments = pixels[..., 2].astype(np.int32)
+    for channel in (1, 0):
+        segments *= 256
+        segments += pixels[..., channel]
+    return segments

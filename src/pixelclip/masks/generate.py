@@ -2,29 +2,26 @@
 
 import hashlib
 import json
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
 from pixelclip.errors import DataError
-from pixelclip.images import Photo, check_writable, read_photo
+from pixelclip.images import MAX_PIXELS, Photo, check_writable, read_photo, read_size
+from pixelclip.masks.names import photo_name
 from pixelclip.masks.runs import PhotoMasks
 from pixelclip.masks.store import (
     MANIFEST,
     Row,
     make_row,
-    photo_name,
     read_manifest,
     shard_path,
     shard_photos,
@@ -32,6 +29,7 @@ from pixelclip.masks.store import (
     write_shard,
 )
 from pixelclip.progress import progress_bar
+from pixelclip.workers import check_not_importing, end_with_parent
 
 PACKAGES = ("pixelclip", "numpy", "pillow", "scikit-image", "pyarrow")
 
@@ -39,7 +37,7 @@ MaskSource = Callable[[UInt8[np.ndarray, "H W 3"]], PhotoMasks]
 Failure = tuple[Path, str]
 
 
-def generate(
+def generate(  # noqa: PLR0913 - a job and its limits; each is said once, by name
     photos: Sequence[Photo],
     out: Path,
     *,
@@ -49,6 +47,7 @@ def generate(
     workers: int = 1,
     quiet: bool = False,
     shard_size: int = 256,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Failure]:
     """Write a mask store; shards that are there already are kept.
 
@@ -61,13 +60,16 @@ def generate(
         workers: processes; the store is the same whatever their number.
         quiet: show no progress.
         shard_size: photos per shard; what a killed run loses at most.
+        max_pixels: photos with more pixels get no masks.
 
     Returns:
         The photos that have no masks, each with one line that says why.
 
     Raises:
+        ConfigError: a worker process of the caller has got here as it was started.
         DataError: the folder cannot be written, or holds a store of other photos or settings.
     """
+    check_not_importing()
     photos = sorted(photos, key=photo_name)
     check_writable(out)
     _claim(out, _job(photos, name, settings, shard_size))
@@ -81,7 +83,8 @@ def generate(
                 bar.advance(task, len(shard))
                 continue
             rows = []
-            for photo, made in zip(shard, run(partial(_row, source), shard), strict=True):
+            results = run(partial(_row, source, max_pixels), shard)
+            for photo, made in zip(shard, results, strict=True):
                 if isinstance(made, Row):
                     rows.append(made)
                 else:
@@ -127,10 +130,12 @@ def _left_out(path: Path, shard: Sequence[Photo]) -> list[Failure]:
     return [(photo.path, "failed in an earlier run") for photo in missing]
 
 
-def _row(source: MaskSource, photo: Photo) -> Row | str:
+def _row(source: MaskSource, max_pixels: int, photo: Photo) -> Row | str:
     """The masks of a photo, or why there are none."""
     try:
-        return make_row(photo_name(photo), source(np.asarray(read_photo(photo.path))))
+        read_size(photo.path, max_pixels)
+        pixels = np.asarray(read_photo(photo.path, max_pixels))
+        return make_row(photo_name(photo), source(pixels))
     except DataError as error:
         return str(error)
 
@@ -143,23 +148,15 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Row | str]]]:
         return
     try:
         # Spawned: a fork would inherit the locks of threads that a caller has started.
-        with ProcessPoolExecutor(workers, get_context("spawn"), _be_a_worker) as pool:
-            yield pool.map
+        with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
+            try:
+                yield pool.map
+            except BrokenProcessPool:
+                for process in list(pool._processes.values()):
+                    process.kill()  # the pool asks them to end, and they do not listen
+                raise
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process died, perhaps for want of memory; start again with fewer workers,"
             " finished shards are kept"
         ) from error
-
-
-def _be_a_worker() -> None:
-    """Leave Ctrl-C to the process that started this one, and end when it has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -1,15 +1,17 @@
 """JSON that others wrote: nothing in it is taken for granted."""
 
+import errno
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from pixelclip.errors import DataError
 from pixelclip.masks.runs import PhotoMasks, from_coco
 
 QUALITIES = ("predicted_iou", "score")  # the fields of SA-1B, and of COCO's results
+MAX_ANNOTATIONS = 2**16  # in the file of one photo; SA-1B's largest have some hundreds
 Size = tuple[int, int]
+_NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}
 
 
 def read_json(path: Path, *, max_bytes: int) -> dict[str, object]:
@@ -45,22 +47,40 @@ def parse_json(text: bytes, path: Path) -> object:
         raise DataError(f"{path} is not JSON that can be read: {reason}") from error
 
 
-def records(document: dict[str, object], key: str, path: Path) -> list[dict[str, object]]:
+def records(
+    document: dict[str, object], key: str, path: Path, *, at_most: int | None = None
+) -> list[dict[str, object]]:
     """The list of objects under a key; what is no object becomes an empty one.
 
     Raises:
-        DataError: there is no list under that key.
+        DataError: there is no list under that key, or it is too long.
     """
     values = document.get(key)
     if not isinstance(values, list):
         raise DataError(f"{path} has no list {key!r}")
+    if at_most is not None and len(values) > at_most:
+        raise DataError(f"{path} has {len(values)} {key}; the limit is {at_most}")
     return [value if isinstance(value, dict) else {} for value in values]
 
 
 def first_file(paths: Iterable[Path]) -> Path | None:
-    """The first of the paths that is a file."""
-    with suppress(OSError):  # a name is too long
-        return next((path for path in paths if path.is_file()), None)
+    """The first of the paths at which there is something.
+
+    Raises:
+        DataError: that is no file, a dead link say, or it cannot be told.
+    """
+    for path in paths:
+        try:
+            path.lstat()
+        except ValueError:  # the name has a null byte or is no text
+            continue
+        except OSError as error:
+            if error.errno in _NOTHING:
+                continue
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        if not path.is_file():
+            raise DataError(f"{path} is not a file")
+        return path
     return None
 
 

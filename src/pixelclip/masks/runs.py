@@ -1,7 +1,7 @@
 """The masks of one photo as runs of pixels: made, chosen from, sampled, encoded."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ from pixelclip.masks import rle
 MAX_FRAME_PIXELS = 2**32 - 1  # COCO's counts have 32 bits
 MAX_MASKS = 4096  # of one photo; SA-1B has about 100, and 1 byte per mask and pixel is sampled
 MAX_CHARACTERS = 2**23  # of the codes of a photo; SA-1B has about 300 thousand
+MAX_RUNS = 2**24  # of a label map; each takes 24 bytes
 MAX_OUTLINE = 1024  # length of all polygons of a photo, in (height + width)
 
 
@@ -64,6 +65,13 @@ class PhotoMasks:
             scores=self.scores[indices],
             broken=self.broken,
         )
+
+    def largest(self, limit: int) -> "PhotoMasks":
+        """At most that many masks, the largest by area, in their order; the rest is broken."""
+        if self.count <= limit:
+            return self
+        kept = np.sort(np.argsort(-self.areas(), kind="stable")[:limit])
+        return replace(self.select(kept), broken=self.broken + self.count - limit)
 
     def sample(
         self, rows: Int64[np.ndarray, " h"], columns: Int64[np.ndarray, " w"]
@@ -219,12 +227,15 @@ def from_labels(labels: Integer[np.ndarray, "H W"], *, ignore: Collection[int] =
     """One mask per value of a label map, by increasing value.
 
     Raises:
-        DataError: a photo cannot have that height and width.
+        DataError: a photo cannot have that height and width, or the map is noise.
     """
     height, width = labels.shape
     _check_frame(height, width)
     flat = labels.ravel(order="F")
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    is_change = flat[1:] != flat[:-1]
+    if np.count_nonzero(is_change) >= MAX_RUNS:
+        raise DataError(f"a label map of {width} x {height} pixels has over {MAX_RUNS} runs")
+    changes = np.flatnonzero(is_change) + 1
     starts = np.concatenate([[0], changes])
     ends = np.append(changes, flat.size)
     is_wanted = ~np.isin(flat[starts], list(ignore))

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pixelclip.errors import DataError
 from pixelclip.files import replacing
 from pixelclip.images import Photo, write_bytes
+from pixelclip.masks.names import photo_name
 from pixelclip.masks.records import Size, check_size, masks_of, read_json
 from pixelclip.masks.runs import PhotoMasks
 
@@ -18,6 +19,7 @@ FORMAT, VERSION = "pixelclip-masks", 1
 MANIFEST = "masks.json"
 MAX_MANIFEST_BYTES = 2**20
 MAX_GROUP_BYTES = 2**30
+MAX_ROWS, MAX_NAME_BYTES = 10**6, 2**28  # of a shard
 ROW_GROUP = 4  # photos; to look one up, this many are read
 
 
@@ -49,13 +51,13 @@ class Row(NamedTuple):
 
 
 class MaskStore:
-    """The masks of photos by the stem of the photo.
+    """The masks of photos by the path of the photo below its folder.
 
     Args:
         folder: with the manifest and the shards. Only the names of the photos are read here.
 
     Raises:
-        DataError: it is no store, of another version, or a shard is damaged.
+        DataError: it is no store, of another version, a shard is damaged, or a photo occurs twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,6 +65,8 @@ class MaskStore:
         self._rows: dict[str, tuple[Path, int]] = {}
         for path in sorted(folder.glob("shard-*.parquet")):
             for row, photo in enumerate(shard_photos(path)):
+                if photo in self._rows:
+                    raise DataError(f"{folder} has the photo {photo!r} twice")
                 self._rows[photo] = (path, row)
 
     def __len__(self) -> int:
@@ -70,8 +74,12 @@ class MaskStore:
         return len(self._rows)
 
     def photos(self) -> list[str]:
-        """Stems of the photos in the store, in its order."""
+        """Names of the photos in the store, in its order (`names.photo_name`)."""
         return list(self._rows)
+
+    def knows(self, photo: Photo) -> bool:
+        """Whether the photo is in the store."""
+        return photo_name(photo) in self._rows
 
     def __call__(self, photo: Photo, size: Size) -> PhotoMasks | None:
         """The masks of a photo of this height and width; None if it is not in the store.
@@ -88,11 +96,6 @@ class MaskStore:
         if len(stored.counts) != len(stored.scores):
             raise DataError(f"{path} is damaged: row {row} has not one score per mask")
         return masks_of(stored.counts, stored.scores, size, path)
-
-
-def photo_name(photo: Photo) -> str:
-    """What a photo is called in a store: its stem; bytes that are no UTF-8 become U+FFFD."""
-    return photo.stem.as_posix().encode(errors="surrogateescape").decode(errors="replace")
 
 
 def read_manifest(folder: Path) -> dict[str, object]:
@@ -166,6 +169,13 @@ def shard_photos(path: Path) -> list[str]:
     """
     try:
         with _open(path) as shard:
+            groups = map(shard.metadata.row_group, range(shard.num_row_groups))
+            size = sum(group.column(0).total_uncompressed_size for group in groups)
+            if shard.metadata.num_rows > MAX_ROWS or size > MAX_NAME_BYTES:
+                raise DataError(
+                    f"{path} is damaged or too large: {shard.metadata.num_rows} photos with names"
+                    f" of {size} bytes; the limits are {MAX_ROWS} and {MAX_NAME_BYTES}"
+                )
             return shard.read(["photo"], use_threads=False)["photo"].to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from error

@@ -17,16 +17,19 @@ SINKHORN_ITERATIONS = 3
 
 
 @lru_cache(maxsize=32)
-def upsampling(cells: int, size: int) -> Float[Tensor, "size cells"]:
+def upsampling(
+    cells: int, size: int, device: torch.device | None = None
+) -> Float[Tensor, "size cells"]:
     """Matrix of bilinear up-sampling along one axis: half-pixel centres, no antialiasing.
 
     Args:
         cells: values before.
         size: values after.
+        device: where it is needed; it is kept there.
     """
     eye = torch.eye(cells)[None]
     matrix = torch.nn.functional.interpolate(eye, size, mode="linear", align_corners=False)
-    return matrix[0].T.contiguous()
+    return matrix[0].T.contiguous().to(device)
 
 
 def shrink(masks: Float[Tensor, "N m m"], grid: tuple[int, int]) -> Float[Tensor, "N h w"]:
@@ -35,7 +38,7 @@ def shrink(masks: Float[Tensor, "N m m"], grid: tuple[int, int]) -> Float[Tensor
     `(masks * upsample(x)).sum() == (shrink(masks, grid) * x).sum()` for any map x on the grid.
     """
     size = masks.shape[-1]
-    rows, columns = (upsampling(cells, size).to(masks) for cells in grid)
+    rows, columns = (upsampling(cells, size, masks.device) for cells in grid)
     return rows.T @ masks @ columns
 
 

@@ -2,9 +2,8 @@
 
 import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Generator, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.images import Photo, load_photo, read_size, to_rgb
+from pixelclip.images import Photo, load_photo, read_size, reading, to_rgb
 from pixelclip.masks.annotations import MaskReader
+from pixelclip.masks.runs import PhotoMasks
 from pixelclip.training.batch import Batch
 from pixelclip.training.colour import distort, vary_colour
 from pixelclip.training.order import global_batches, local_slice
 from pixelclip.training.views import (
+    MAX_MASK_BYTES,
+    Geometry,
     ViewSettings,
     crop_photo,
     draw_geometry,
@@ -29,8 +32,9 @@ from pixelclip.training.views import (
     sample_masks,
     to_frame,
 )
+from pixelclip.workers import check_not_importing, end_with_parent
 
-_TRIES = 20
+MAX_TRIES = 1000
 Key = tuple[int, int]
 
 
@@ -51,7 +55,7 @@ class Sample:
         size: height and width of the views.
         masks: on the grid over the square.
         problems: photos tried in vain before this one.
-        broken_masks: annotations of the photo that could not be used.
+        broken_masks: annotations of the photo that could not be used, or are too many.
     """
 
     weak: UInt8[Tensor, "3 H H"]
@@ -81,8 +85,9 @@ class TrainPhotos(Dataset[Sample]):
     authors pad to the largest view of the batch; that is the same wherever one of them fills the
     crop, as nearly always.
 
-    A photo that cannot be read, or whose annotation is unusable, is replaced by a random one. A
-    photo without annotation is one without masks.
+    A photo that cannot be read, or whose annotation is unusable, is replaced by a random one, and
+    not tried again by this process. Its views would be drawn from a generator of their own, so
+    what is remembered changes nothing. A photo without annotation is one without masks.
     """
 
     def __init__(self, photos: Sequence[Photo], reader: MaskReader, settings: ViewSettings):
@@ -92,6 +97,7 @@ class TrainPhotos(Dataset[Sample]):
         self._starts = np.cumsum([0, *(len(name) + 1 for name in names)])
         self.reader = reader
         self.settings = settings
+        self._failed: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Number of photos."""
@@ -107,28 +113,40 @@ class TrainPhotos(Dataset[Sample]):
         """The sample of a key.
 
         Raises:
-            DataError: so many photos in a row cannot be used that something else is wrong.
+            DataError: neither its photo nor any of the others tried can be used.
         """
-        position, index = key
-        random = np.random.default_rng([self.settings.seed, 1, position])
+        position, first = key
         problems: list[Problem] = []
-        for _ in range(_TRIES):
-            photo = self.photo(index)
+        for index in self._candidates(position, first):
+            photo, attempt = self.photo(index), [len(problems)] if problems else []
+            random = np.random.default_rng([self.settings.seed, 1, position, *attempt])
             try:
-                return self._sample(photo, random, problems)
+                if index not in self._failed:
+                    return self._sample(photo, random, problems)
             except DataError as error:
-                problems.append(Problem(photo.path, str(error)))
-                index = int(random.integers(len(self)))
-        last = problems[-1].message
-        raise DataError(f"{_TRIES} photos in a row cannot be used for training; the last: {last}")
+                self._failed[index] = str(error)
+            problems.append(Problem(photo.path, self._failed[index]))
+        raise DataError(
+            f"{len(problems)} photos in a row cannot be used for training; the first:"
+            f" {problems[0].message}"
+        )
+
+    def _candidates(self, position: int, index: int) -> Iterator[int]:
+        """A photo and those to replace it: random ones, none of them twice."""
+        random = np.random.default_rng([self.settings.seed, 2, position])
+        tried = {index}
+        yield index
+        while len(tried) < min(MAX_TRIES, len(self)):
+            index = int(random.integers(len(self)))
+            if index not in tried:
+                tried.add(index)
+                yield index
 
     def _sample(self, photo: Photo, random: np.random.Generator, problems: list[Problem]) -> Sample:
         settings = self.settings
-        width, height = read_size(photo.path)
-        geometry = draw_geometry(random, (width, height), settings)
-        masks = self.reader(photo, (height, width))
-        pixels = load_photo(photo.path, settings.max_pixels, at_least=geometry.resized)
-        view = crop_photo(to_rgb(pixels), geometry)
+        view, geometry, masks = load_view(
+            photo, self.reader, settings, lambda size: draw_geometry(random, size, settings)
+        )
         if settings.colour:
             view = vary_colour(view, random)
         strong, rectangle = None, None
@@ -145,6 +163,34 @@ class TrainPhotos(Dataset[Sample]):
             problems=tuple(problems),
             broken_masks=0 if masks is None else masks.broken,
         )
+
+
+def load_view(
+    photo: Photo,
+    reader: MaskReader,
+    settings: ViewSettings,
+    place: Callable[[tuple[int, int]], Geometry],
+) -> tuple[Image.Image, Geometry, PhotoMasks | None]:
+    """A view of a photo, where it lies, and the masks of the photo: the largest, if too many.
+
+    Args:
+        photo: of which a view is wanted.
+        reader: of its masks.
+        settings: of the view.
+        place: where the view lies in a photo of this width and height.
+
+    Raises:
+        DataError: the photo or its annotation cannot be used.
+    """
+    width, height = read_size(photo.path, settings.max_pixels)
+    geometry = place((width, height))
+    masks = reader(photo, (height, width))
+    if masks is not None:
+        masks = masks.largest(max(1, MAX_MASK_BYTES // settings.mask_size**2))
+    with reading(photo.path):
+        pixels = load_photo(photo.path, settings.max_pixels, at_least=geometry.resized)
+        view = crop_photo(to_rgb(pixels), geometry)
+    return view, geometry, masks
 
 
 def collate(samples: Sequence[Sample]) -> LoadedBatch:
@@ -188,32 +234,57 @@ def make_loader(
 
     Raises:
         ConfigError: there are no photos, or fewer in a batch than processes.
+        ConfigError: or a worker process of the caller has got here as it was started.
         DataError: too many photos in a row cannot be used, or a worker died.
     """
+    check_not_importing()
     if batch_size < num_ranks:
         raise ConfigError(f"a batch of {batch_size} photos cannot feed {num_ranks} processes")
     if len(wide) == 0:
         raise ConfigError("there are no photos to train on")
     keys = _keys(wide, batch_size, photos.settings.seed, start, slice_of=(rank, num_ranks))
-    loader = DataLoader(
-        photos,
-        batch_sampler=keys,
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=_context() if num_workers else None,
-        generator=torch.Generator(),  # the loader draws a seed, which must not move torch's own
-    )
+    with warnings.catch_warnings():
+        # Of more workers than processors: the user's choice.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader = DataLoader(
+            _Outcomes(photos),
+            batch_sampler=keys,
+            num_workers=num_workers,
+            collate_fn=_collate_or_error,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_context() if num_workers else None,
+            generator=torch.Generator(),  # the loader draws a seed, which must not move torch's own
+        )
     return _batches(loader)
 
 
-def _batches(loader: DataLoader[Sample]) -> Generator[LoadedBatch, None, None]:
+class _Outcomes(Dataset[Sample | DataError]):
+    """Samples, or errors as values: one raised in a worker comes back as a traceback in a text."""
+
+    def __init__(self, photos: TrainPhotos) -> None:
+        self.photos = photos
+
+    def __getitem__(self, key: Key) -> Sample | DataError:
+        try:
+            return self.photos[key]
+        except DataError as error:
+            return error
+
+
+def _collate_or_error(outcomes: Sequence[Sample | DataError]) -> LoadedBatch | DataError:
+    for outcome in outcomes:
+        if isinstance(outcome, DataError):
+            return outcome
+    return collate([outcome for outcome in outcomes if isinstance(outcome, Sample)])
+
+
+def _batches(loader: DataLoader[Sample | DataError]) -> Generator[LoadedBatch, None, None]:
     try:
-        yield from loader
-    except DataError as error:  # from a worker it comes with the traceback in its message
-        message = str(error).strip().splitlines()[-1].removeprefix("pixelclip.errors.DataError: ")
-        raise DataError(message) from None
+        for loaded in loader:
+            if isinstance(loaded, DataError):
+                raise loaded
+            yield loaded
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
@@ -252,15 +323,7 @@ def _start_worker(number: int) -> None:
     """In a worker: one thread for work, and one that ends it with the main process.
 
     PyTorch watches for the death of a worker's parent, but that is the fork server, which in turn
-    lives as long as its workers. An interrupt is for the main process to handle.
+    lives as long as its workers.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
-
-
-def _end_with_main_process() -> None:
-    main_process = multiprocessing.parent_process()
-    assert main_process is not None
-    main_process.join()
-    os._exit(1)
+    end_with_parent()

@@ -11,27 +11,28 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from pixelclip.backbones import Backbone, load_backbone, save_backbone
+from pixelclip.backbones import Backbone, load_backbone, save_backbone, weights_hash
 from pixelclip.backbones.sources import text_base
 from pixelclip.checkpoint import ModelCard
 from pixelclip.config import TrainConfig
-from pixelclip.device import choose_device, keep_heap, wants_bfloat16
+from pixelclip.device import choose_device, wants_bfloat16
+from pixelclip.errors import DataError
 from pixelclip.files import printable
-from pixelclip.images import Photo, check_writable, find_photos
-from pixelclip.masks.annotations import MaskReader, open_masks
+from pixelclip.images import Photo, find_photos
+from pixelclip.masks.annotations import MaskReader, count_known, open_masks
 from pixelclip.masks.generate import generate
 from pixelclip.masks.superpixels import SETTINGS, superpixels
-from pixelclip.progress import Ticker, progress_bar
+from pixelclip.progress import Shown
 from pixelclip.training.data import LoadedBatch, TrainPhotos, make_loader
 from pixelclip.training.model import PixelClip
 from pixelclip.training.order import wider
@@ -42,9 +43,12 @@ from pixelclip.training.run import RunDir
 from pixelclip.training.state import collect, restore
 from pixelclip.training.step import train_step
 from pixelclip.training.views import ViewSettings
+from pixelclip.workers import check_not_importing
 
 log = logging.getLogger("pixelclip")
 
+MODEL = "model.safetensors"
+DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 PACKAGES = ("pixelclip", "torch", "open_clip_torch", "timm", "accelerate", "pillow", "numpy")
 
 
@@ -74,73 +78,106 @@ def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> Train
 
     Raises:
         ConfigError: settings do not fit the model, or the run directory holds another run.
-        DataError: photos, masks or the run directory cannot be used.
+        DataError: photos, masks or the run directory cannot be used, or training diverges.
         ModelError: the model cannot be loaded.
     """
-    keep_heap()
+    check_not_importing()
     accelerator = make_accelerator(job.device, config)
-    is_main = accelerator.is_main_process
+    is_main, device = accelerator.is_main_process, accelerator.device
     quiet = quiet or not is_main
-    photos, reader = open_data(job, config, accelerator, quiet=quiet)
+    photos = own_photos(job)
     with torch.random.fork_rng(devices=[]):  # layers draw weights that are then replaced
-        backbone = load_backbone(job.model, checkpoint=job.checkpoint, device="cpu")
-        card = _card(job, backbone, config, len(photos))
-        model = PixelClip(backbone, config).to(accelerator.device)
+        backbone = load_backbone(job.model, checkpoint=job.checkpoint, device=str(device))
+        run = RunDir(job.output, _record(job, config, backbone, photos))
+        card = _card(job, config, backbone)
+        model = PixelClip(backbone, config).to(device)
     optimizer = make_optimizer(model, config)
+    reader = open_data(job, config, photos, run, accelerator, quiet=quiet)
 
-    run = RunDir(job.output)
     state = run.load()
-    step = first = 0 if state is None else state["step"]
+    step = 0 if state is None else state["step"]
     recent = None if state is None else restore(state, model, optimizer, is_main=is_main)
     wrapped = accelerator.prepare_model(model)
     report = Report(job.output, config, step, recent, process=accelerator.process_index)
     batches = _batches(photos, reader, config, accelerator, step)
     pictures = ClusterPictures(photos, reader, view_settings(config), job.output / "pictures")
-    ticker = Ticker(config.steps, first, quiet=quiet)
-    started = time.monotonic()
-    with (
-        closing(batches),
-        progress_bar(quiet=quiet, note=True) as bar,
-        interruptible(accelerator) as stop,
-    ):
-        task = bar.add_task("training", total=config.steps, completed=step, note="")
-        while step < config.steps and not stop.is_set():
+
+    def save(step: int) -> None:
+        state = collect(step, model, optimizer, report.recent, accelerator, run.identity)
+        if is_main:
+            _save_model(job, model, backbone, card)
+            run.save(state, config.keep_checkpoints)
+
+    started, last = time.monotonic(), step == config.steps
+    shown = Shown("training", config.steps, step, quiet=quiet)
+    with closing(batches), shown, interruptible() as stop:
+        while not last:
             began = time.monotonic()
-            loaded = next(batches)
+            loaded = _next(batches, stop)
+            if loaded is None:
+                save(step)
+                break
             waited = time.monotonic() - began
-            parts = [b.to(accelerator.device) for b in loaded.batch.split(config.micro_batches)]
-            result = train_step(accelerator, wrapped, optimizer, parts, step)
+            parts = [part.to(device) for part in loaded.batch.split(config.micro_batches)]
+            result = train_step(accelerator, wrapped, optimizer, parts, step, stop=stop.is_set())
             step += 1
             report.add(step, result, loaded, seconds=time.monotonic() - began, waited=waited)
-            bar.update(task, completed=step, note=report.note)
-            ticker.tick(step, report.note)
-            last = step == config.steps or stop.is_set()
-            if is_main and config.picture_every and (last or step % config.picture_every == 0):
+            shown.update(step, report.note)
+            if is_main and due(config.picture_every, step, config.steps):
                 pictures.draw(model, step)
+            alone = accelerator.num_processes == 1
+            last = step == config.steps or result.stopped or (alone and stop.is_set())
             if last or step % config.checkpoint_every == 0:
-                state = collect(step, model, optimizer, report.recent, accelerator)
-                if is_main:
-                    save_backbone(backbone, job.output, card=card, prompts=_prompts(model))
-                    run.save(state, config.keep_checkpoints)
+                save(step)
+    if is_main and not (job.output / MODEL).exists():
+        _save_model(job, model, backbone, card)
     accelerator.wait_for_everyone()
     return report.summary(step, time.monotonic() - started)
 
 
+def due(every: int, step: int, steps: int) -> bool:
+    """Whether something that comes every so many steps, and at the end, is due; 0 is never."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+def own_photos(job: TrainJob) -> list[Photo]:
+    """The photos to train on; pictures in the run directory are none, even if it is among them.
+
+    Raises:
+        DataError: there are none.
+    """
+    own = job.output.resolve()
+    photos = [p for p in find_photos(job.images) if own not in p.path.resolve().parents]
+    if not photos:
+        raise DataError(f"no photos in {', '.join(map(str, job.images))}")
+    return photos
+
+
 def open_data(
-    job: TrainJob, config: TrainConfig, accelerator: Accelerator, *, quiet: bool
-) -> tuple[list[Photo], MaskReader]:
-    """Photos and masks; the first process claims the run directory and makes masks if need be."""
-    photos = find_photos(job.images)
+    job: TrainJob,
+    config: TrainConfig,
+    photos: list[Photo],
+    run: RunDir,
+    accelerator: Accelerator,
+    *,
+    quiet: bool,
+) -> MaskReader:
+    """The masks; the first process claims the run directory and makes masks if need be."""
+    given = None if job.masks is None else open_masks(job.masks, photos)
+    if given is not None and not count_known(given, photos):
+        raise DataError(
+            f"none of the photos has masks in {job.masks}; do the masks belong to these photos?"
+            " Names must match"
+        )
     if accelerator.is_main_process:
-        check_writable(job.output)
-        RunDir(job.output).begin(_record(job, config, photos))
-        if job.masks is None:
-            make_masks(job, photos, config.num_workers, quiet=quiet)
+        run.begin()
+        if given is None:
+            make_masks(job, photos, config, quiet=quiet)
     accelerator.wait_for_everyone()
-    return photos, open_masks(job.masks or job.output / "masks")
+    return given or open_masks(job.output / "masks", photos)
 
 
-def make_masks(job: TrainJob, photos: list[Photo], workers: int, *, quiet: bool) -> None:
+def make_masks(job: TrainJob, photos: list[Photo], config: TrainConfig, *, quiet: bool) -> None:
     """Superpixels of all photos, into the run directory; what is there already is kept."""
     failures = generate(
         photos,
@@ -148,7 +185,8 @@ def make_masks(job: TrainJob, photos: list[Photo], workers: int, *, quiet: bool)
         source=superpixels,
         name="superpixels",
         settings=dict(SETTINGS),
-        workers=max(1, workers),
+        workers=max(1, config.num_workers),
+        max_pixels=config.max_pixels,
         quiet=quiet,
     )
     for path, message in failures[:10]:
@@ -179,49 +217,65 @@ def make_accelerator(device: str, config: TrainConfig) -> Accelerator:
         ConfigError: the device is unknown or not there.
     """
     where = choose_device(device)
-    if not dist.is_available() or not dist.is_initialized():
-        # accelerate remembers the first device and precision of the process for good.
-        AcceleratorState._reset_state(reset_partial_state=True)
+    previous = os.environ.get(DEVICE_VARIABLE)
     if where.index is not None:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(where)  # the only way to tell it
+        os.environ[DEVICE_VARIABLE] = str(where)  # the only way to tell it
+    make = partial(
+        Accelerator,
+        cpu=where.type == "cpu",
+        mixed_precision="bf16" if wants_bfloat16(where, config.precision) else "no",
+        # The first process may make masks while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+    )
     try:
-        return Accelerator(
-            cpu=where.type == "cpu",
-            mixed_precision="bf16" if wants_bfloat16(where, config.precision) else "no",
-            # The first process may make masks while the others wait.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
-        )
+        return make()
+    except ValueError:  # it remembers the precision of an earlier training in this process
+        AcceleratorState._reset_state()
+        return make()
     finally:
-        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+        os.environ.pop(DEVICE_VARIABLE, None)
+        if previous is not None:
+            os.environ[DEVICE_VARIABLE] = previous
 
 
 @contextmanager
-def interruptible(accelerator: Accelerator) -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """An event that Ctrl-C or SIGTERM sets: the step is ended and a checkpoint written.
 
-    A second Ctrl-C stops at once. Of several processes each would stop at another step, so there
-    the last checkpoint has to do.
+    Several processes must stop after the same step: there the next one tells all. A second Ctrl-C
+    stops at once. Outside the main thread, Python hands no signals on.
     """
     event = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or accelerator.num_processes > 1:
+    if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    previous = {name: signal.getsignal(name) for name in signals}
 
     def stop(number: int, frame: object) -> None:
         event.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         log.info("stopping after this step; the same command goes on from here")
 
-    for name in signals:
-        signal.signal(name, stop)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(name, stop) for name in signals]
     try:
         yield event
     finally:
-        for name, handler in previous.items():
+        for name, handler in zip(signals, previous, strict=True):
             signal.signal(name, handler)
+
+
+def _next(batches: Iterator[LoadedBatch], stop: threading.Event) -> LoadedBatch | None:
+    """The next batch; None if the signal that stops us has ended the workers too.
+
+    Raises:
+        DataError: photos cannot be used, or a worker died by itself.
+    """
+    try:
+        return next(batches)
+    except DataError:
+        if stop.is_set():
+            return None
+        raise
 
 
 def _batches(
@@ -234,7 +288,9 @@ def _batches(
     """This process's share of the batches from step `first` on."""
     return make_loader(
         TrainPhotos(photos, reader, view_settings(config)),
-        wider(photos) if config.same_aspect else np.ones(len(photos), dtype=bool),
+        wider(photos, config.max_pixels)
+        if config.same_aspect
+        else np.ones(len(photos), dtype=bool),
         batch_size=config.batch_size,
         start=first,
         rank=accelerator.process_index,
@@ -244,25 +300,30 @@ def _batches(
     )
 
 
-def _record(job: TrainJob, config: TrainConfig, photos: list[Photo]) -> dict[str, object]:
-    """What `run.json` says of a run."""
+def _record(
+    job: TrainJob, config: TrainConfig, backbone: Backbone, photos: list[Photo]
+) -> dict[str, object]:
+    """What `run.json` says of a run: all that decides its result, and versions."""
     names = json.dumps([photo.stem.as_posix() for photo in photos])
     return {
         "model": job.model,
-        "checkpoint": None if job.checkpoint is None else str(job.checkpoint.resolve()),
+        "weights": weights_hash(backbone.visual)[:32] + backbone.text_hash[:32],
         "images": [str(path.resolve()) for path in job.images],
         "masks": None if job.masks is None else str(job.masks.resolve()),
         "photos": len(photos),
-        "photos_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        "photos_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
         "settings": config.model_dump(mode="json"),
         "versions": {package: version(package) for package in PACKAGES},
     }
 
 
-def _card(job: TrainJob, backbone: Backbone, config: TrainConfig, photos: int) -> ModelCard:
+def _card(job: TrainJob, config: TrainConfig, backbone: Backbone) -> ModelCard:
     """Card of the model that the run leaves."""
     base = text_base(job.model, job.checkpoint, backbone.card)
-    training = {"from": job.model, "photos": photos, "settings": config.model_dump(mode="json")}
+    training = {
+        "from": job.model if job.checkpoint is None else f"{job.model} with {job.checkpoint}",
+        "settings": config.model_dump(mode="json"),
+    }
     return backbone.card.model_copy(
         update={
             "name": job.output.resolve().name,
@@ -273,6 +334,7 @@ def _card(job: TrainJob, backbone: Backbone, config: TrainConfig, photos: int) -
     )
 
 
-def _prompts(model: PixelClip) -> dict[str, Tensor]:
-    """What was learned beside the image tower: prompts or free vectors."""
-    return dict(model.vectors.named_parameters())
+def _save_model(job: TrainJob, model: PixelClip, backbone: Backbone, card: ModelCard) -> None:
+    """Write the model that segments, with what was learned beside the image tower."""
+    prompts: dict[str, Tensor] = dict(model.vectors.named_parameters())
+    save_backbone(backbone, job.output / MODEL, card=card, prompts=prompts)

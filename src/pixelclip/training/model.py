@@ -81,17 +81,13 @@ class PixelClip(nn.Module):
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__()
         self.config = config
-        self.input_size = config.input_size or backbone.card.square
-        if self.input_size % backbone.stride:
-            raise ConfigError(
-                f"input_size: {self.input_size} is not a multiple of the model's stride,"
-                f" {backbone.stride}"
-            )
+        self.input_size = _input_size(config.input_size, backbone)
         self.dim = backbone.dim
         self.cells = self.input_size // backbone.stride
         self.visual, self.text = backbone.visual, backbone.text
-        self.trained = choose_parameters(self.visual, config.finetune)
+        trained = choose_parameters(self.visual, config.finetune)
         self.teacher = _share_frozen(copy.deepcopy(self.visual).requires_grad_(False), self.visual)
+        self.trained = trained
         generator = torch.Generator().manual_seed(config.seed)
         # The authors draw the prompts first: with seed 0 the decoder gets their initial weights.
         draw_words(cast(Text, self.text), config.num_clusters, config.prompt_length, generator)
@@ -119,9 +115,12 @@ class PixelClip(nn.Module):
         Comes once per step before the teacher is asked, so that targets are made by a teacher that
         includes the student as of before this step (behaviour.md 10).
         """
-        students, teachers = dict(self.visual.named_parameters()), self.teacher.named_parameters()
-        averaged: list[Tensor] = [p for name, p in teachers if name in self.trained]
-        current = [students[name].detach() for name in self.trained]
+        averaged, current = (
+            [weights[name].detach() for name in self.trained]
+            for weights in map(
+                dict, (self.teacher.named_parameters(), self.visual.named_parameters())
+            )
+        )
         torch._foreach_mul_(averaged, self.config.momentum)
         torch._foreach_add_(averaged, current, alpha=1 - self.config.momentum)
         for ours, theirs in zip(self.teacher.buffers(), self.visual.buffers(), strict=True):
@@ -130,18 +129,19 @@ class PixelClip(nn.Module):
     @torch.no_grad()
     def pool(self, batch: Batch) -> Pooled:
         """Teacher features under the masks of a batch; masks of at most one pixel are dropped."""
-        kept = [masks[masks.sum(dim=(1, 2)) > 1] for masks in batch.masks]
-        counts = torch.tensor([len(masks) for masks in kept], device=batch.weak.device)
-        present = counts.nonzero()[:, 0]
-        masks = torch.cat(kept)
-        if not len(present):
-            empty = torch.zeros(0, self.dim, device=batch.weak.device)
-            return Pooled(empty, masks, counts[:0])
+        device = batch.weak.device
+        counts = torch.tensor([len(masks) for masks in batch.masks])
+        photos = torch.arange(len(counts)).repeat_interleave(counts).to(device)
+        masks = torch.cat(batch.masks)
+        kept = masks.sum(dim=(1, 2)) > 1
+        masks, photos = masks[kept], photos[kept]
+        if not len(photos):
+            return Pooled(torch.zeros(0, self.dim, device=device), masks, photos)
+        present, rows = photos.unique(return_inverse=True)
         features = self.teacher(self.network_input(batch.weak[present], batch.sizes[present]))
-        rows = torch.arange(len(present), device=counts.device)
         with torch.autocast(features.device.type, enabled=False):
-            means = mask_pool(features.float(), masks, rows.repeat_interleave(counts[present]))
-        return Pooled(means, masks, present.repeat_interleave(counts[present]))
+            means = mask_pool(features.float(), masks, rows)
+        return Pooled(means, masks, photos)
 
     @torch.no_grad()
     def assign(self, features: Float[Tensor, "N D"], vectors: Float[Tensor, "K D"]) -> Assignment:
@@ -208,11 +208,10 @@ class PixelClip(nn.Module):
     ) -> Float[Tensor, "B 3 S S"]:
         """Views in [0, 1], padding in the mean colour, resized to a square (behaviour.md 9)."""
         pixels = views.float().div_(255)
-        frame = torch.tensor(pixels.shape[2:], device=sizes.device)
-        for index in (sizes < frame).any(dim=1).nonzero()[:, 0].tolist():
-            height, width = sizes[index].tolist()
-            pixels[index, :, height:] = self.visual.mean  # type: ignore[assignment]
-            pixels[index, :, :, width:] = self.visual.mean  # type: ignore[assignment]
+        for view, (height, width) in zip(pixels, sizes.tolist(), strict=True):
+            if (height, width) != view.shape[1:]:
+                view[:, height:] = self.visual.mean
+                view[:, :, width:] = self.visual.mean
         size = (self.input_size, self.input_size)
         return F.interpolate(pixels, size, mode="bilinear", align_corners=False)
 
@@ -232,6 +231,21 @@ class PixelClip(nn.Module):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
+
+
+def _input_size(wanted: int | None, backbone: Backbone) -> int:
+    """Side of the network's input: as asked for, or the model's own, in whole cells.
+
+    Raises:
+        ConfigError: the one asked for is no multiple of the model's stride.
+    """
+    stride = backbone.stride
+    near = max(1, round((wanted or backbone.card.square) / stride)) * stride
+    if wanted is not None and near != wanted:
+        raise ConfigError(
+            f"input_size: {wanted} is not a multiple of the model's stride, {stride}; try {near}"
+        )
+    return near
 
 
 def drop_paths(module: nn.Module) -> list[nn.Module]:

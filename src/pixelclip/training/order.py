@@ -8,17 +8,17 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from pixelclip.errors import DataError
-from pixelclip.images import Photo, read_size
+from pixelclip.images import MAX_PIXELS, Photo, read_size
 
 _THREADS = 8  # reading headers is waiting for the disk
 
 
-def wider(photos: Sequence[Photo]) -> Bool[np.ndarray, " N"]:
-    """Whether each photo is wider than high; true as well where its header cannot be read."""
+def wider(photos: Sequence[Photo], max_pixels: int = MAX_PIXELS) -> Bool[np.ndarray, " N"]:
+    """Whether each photo is wider than high; true as well where it is too large or unreadable."""
 
     def is_wide(photo: Photo) -> bool:
         try:
-            width, height = read_size(photo.path)
+            width, height = read_size(photo.path, max_pixels)
         except DataError:  # met again, and reported, when the photo is loaded
             return True
         return width > height

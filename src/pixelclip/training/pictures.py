@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from pixelclip.errors import DataError
-from pixelclip.images import Photo, load_photo, png_bytes, read_size, to_rgb, write_bytes
+from pixelclip.images import Photo, png_bytes, write_bytes
 from pixelclip.masks.annotations import MaskReader
 from pixelclip.overlay import palette, with_legend
 from pixelclip.training.batch import Batch
+from pixelclip.training.data import load_view
 from pixelclip.training.model import PixelClip
 from pixelclip.training.prompts import common_words
 from pixelclip.training.views import (
     Geometry,
     ViewSettings,
-    crop_photo,
     resized_size,
     sample_masks,
     to_frame,
@@ -30,6 +30,7 @@ from pixelclip.vocabulary import encode_classes
 NUM_PHOTOS = 4
 TILE = 256
 OPACITY = 0.65
+PROMPTS_AT_ONCE = 256
 NAMED = 20  # largest clusters in the legend
 
 
@@ -62,27 +63,36 @@ class ClusterPictures:
             vectors = F.normalize(model.vectors(model.text).float(), dim=1)
             device = vectors.device
             rows = [_row(model, batch.to(device), vectors) for batch in samples]
-            names = self._names(model, vectors)
+            counts = np.bincount(np.concatenate([seen for _, seen in rows]))
+            largest = [int(i) for i in np.argsort(-counts, kind="stable")[:NAMED] if counts[i]]
+            names = self._names(model, vectors[largest])
         model.train()
         picture = Image.fromarray(np.concatenate([row for row, _ in rows]))
-        counts = np.bincount(np.concatenate([seen for _, seen in rows]), minlength=len(vectors))
-        largest = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-        legend = [(names[index], index) for index in largest[:NAMED]]
+        legend = list(zip(names, largest, strict=True))
         drawn = with_legend(picture, legend, len(vectors))
-        write_bytes(self.folder / f"step-{step:08d}.png", png_bytes(drawn))
+        write_bytes(self.folder / f"step-{step:08d}.clusters.png", png_bytes(drawn))
 
     def _sample(self, photo: Photo) -> Batch | None:
         """The middle of a photo with its masks, undistorted; None if it cannot be read."""
         settings = self.settings
         try:
-            size = read_size(photo.path)
-            masks = self.reader(photo, (size[1], size[0]))
-            pixels = to_rgb(load_photo(photo.path, settings.max_pixels))
+            view, geometry, masks = load_view(photo, self.reader, settings, self._middle)
         except DataError:
             return None
+        grid = torch.zeros(0, settings.mask_size, settings.mask_size, dtype=torch.bool)
+        return Batch(
+            weak=to_frame(view, settings.crop_size)[None],
+            strong=None,
+            sizes=torch.tensor([[view.height, view.width]]),
+            masks=(grid if masks is None else sample_masks(masks, geometry, settings, None),),
+        )
+
+    def _middle(self, size: tuple[int, int]) -> Geometry:
+        """The crop in the middle of a photo of this width and height."""
+        settings = self.settings
         resized = resized_size(size, settings.short_side, settings.long_side)
         width, height = (min(side, settings.crop_size) for side in resized)
-        geometry = Geometry(
+        return Geometry(
             photo=size,
             resized=resized,
             left=(resized[0] - width) // 2,
@@ -91,16 +101,9 @@ class ClusterPictures:
             height=height,
             is_flipped=False,
         )
-        grid = torch.zeros(0, settings.mask_size, settings.mask_size, dtype=torch.bool)
-        return Batch(
-            weak=to_frame(crop_photo(pixels, geometry), settings.crop_size)[None],
-            strong=None,
-            sizes=torch.tensor([[height, width]]),
-            masks=(grid if masks is None else sample_masks(masks, geometry, settings, None),),
-        )
 
-    def _names(self, model: PixelClip, vectors: Tensor) -> list[str]:
-        """For every prompt the common word that is nearest."""
+    def _names(self, model: PixelClip, vectors: Float[Tensor, "n D"]) -> list[str]:
+        """For each of these prompts the common word that is nearest."""
         if self.words is None:
             words = common_words()
             self.words = words, encode_classes(model.text, words, ("a photo of a {}.",))  # type: ignore[arg-type]
@@ -121,9 +124,7 @@ def _row(
     masks = _tiles(pooled.masks[order])
     numbers = np.arange(len(masks))
     features = model.visual(model.network_input(batch.weak, batch.sizes)).float()
-    scores = torch.einsum("bdhw,kd->bkhw", F.normalize(features, dim=1), vectors)
-    scores = F.interpolate(scores, (TILE, TILE), mode="bilinear", align_corners=False)
-    labels = scores[0].argmax(dim=0).cpu().numpy()
+    labels = _nearest_prompts(F.normalize(features, dim=1), vectors).cpu().numpy()
     tiles = [
         photo,
         _painted(photo, masks, palette(max(1, len(masks)))[numbers]),
@@ -131,6 +132,23 @@ def _row(
         _mixed(photo, palette(len(vectors))[labels]),
     ]
     return np.concatenate(tiles, axis=1), labels.ravel()
+
+
+def _nearest_prompts(
+    features: Float[Tensor, "1 D h w"], vectors: Float[Tensor, "K D"]
+) -> Int[Tensor, "T T"]:
+    """The nearest prompt of each pixel of a tile, some prompts at a time: K may be 65536."""
+    best = torch.full((TILE, TILE), -torch.inf, device=vectors.device)
+    labels = torch.zeros(TILE, TILE, dtype=torch.int64, device=vectors.device)
+    for first in range(0, len(vectors), PROMPTS_AT_ONCE):
+        part = vectors[first : first + PROMPTS_AT_ONCE]
+        scores = torch.einsum("bdhw,kd->bkhw", features, part)
+        scores = F.interpolate(scores, (TILE, TILE), mode="bilinear", align_corners=False)
+        values, indices = scores[0].max(dim=0)  # [T, T]
+        is_better = values > best
+        best = torch.where(is_better, values, best)
+        labels = torch.where(is_better, indices + first, labels)
+    return labels
 
 
 def _tiles(masks: Bool[Tensor, "M m m"]) -> Bool[np.ndarray, "M T T"]:

@@ -20,7 +20,11 @@ from pixelclip.training.step import StepResult
 log = logging.getLogger("pixelclip")
 
 RECENT_STEPS = 50  # over which the clusters in use are counted
-PATIENCE = 20  # steps without any mask after which something must be wrong
+COLUMNS = (
+    "step", "loss", "grad_norm", "rate", "masks", "assignment_entropy", "step_clusters",
+    "used_clusters", "usage_entropy", "seconds", "loader_seconds",
+)  # fmt: skip
+PATIENCE = 20  # steps without any mask before that is worth a word
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Report:
         name = "problems.jsonl" if self.is_main else f"problems-{process}.jsonl"
         self.problems = Rows(folder / name, step)
         self.failed = {str(row["path"]) for row in self.problems.rows if "path" in row}
-        self.metrics = Rows(folder / "metrics.jsonl", step, with_csv=True) if self.is_main else None
+        self.metrics = (
+            Rows(folder / "metrics.jsonl", step, columns=COLUMNS) if self.is_main else None
+        )
         self.board = _tensorboard(folder, step) if config.tensorboard and self.is_main else None
         self.note = ""
         self.loss: float | None = None
@@ -83,13 +89,13 @@ class Report:
             waited: of these, for the loader.
 
         Raises:
-            DataError: no photo has masks, the loss is no number, or the disk is full.
+            DataError: the loss is no number, or the disk is full.
         """
         self.recent = torch.cat([self.recent, result.clusters[None]])[-RECENT_STEPS:]
         self._check(step, result)
         row = self._row(step, result, seconds, waited)
-        used, share = row["used_clusters"], row["assignment_entropy"]
-        self.note = f"loss {self.loss or math.nan:.4f}, {used} clusters, entropy {share:.2f}"
+        loss = "no mask yet" if self.loss is None else f"loss {self.loss:.4f}"
+        self.note = f"{loss}, {self.used_clusters} clusters, entropy {result.entropy:.2f}"
         self.problems.add(self._problem_rows(step, loaded))
         if self.metrics is not None:
             self.metrics.add([row])
@@ -112,10 +118,7 @@ class Report:
     def _check(self, step: int, result: StepResult) -> None:
         self.empty_steps = 0 if result.masks else self.empty_steps + 1
         if self.empty_steps == PATIENCE:
-            raise DataError(
-                f"no photo of the last {PATIENCE} batches has a mask; do the masks belong to these"
-                " photos? Names and sizes must match"
-            )
+            log.info("no photo of the last %d batches has a mask; nothing is learned", PATIENCE)
         if result.masks:
             self.loss = result.loss
             if not math.isfinite(result.loss + result.grad_norm):
@@ -124,9 +127,7 @@ class Report:
                     " learning_rate in another -o"
                 )
 
-    def _row(
-        self, step: int, result: StepResult, seconds: float, waited: float
-    ) -> dict[str, int | float | None]:
+    def _row(self, step: int, result: StepResult, seconds: float, waited: float) -> Row:
         return {
             "step": step,
             "loss": result.loss if result.masks else None,
@@ -148,6 +149,8 @@ class Report:
 
     def summary(self, step: int, seconds: float) -> TrainSummary:
         """How the run stands; problems are those of all processes."""
+        if self.board is not None:
+            self.board.close()
         rows = [r for path in self.folder.glob("problems*.jsonl") for r in read_rows(path, step)]
         return TrainSummary(
             steps=step,
@@ -179,4 +182,4 @@ def _tensorboard(folder: Path, step: int):  # type: ignore[no-untyped-def]  # an
         raise MissingExtra(
             "tensorboard needs an extra: pip install 'pixelclip[tensorboard]'"
         ) from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -9,27 +9,31 @@ model.safetensors   the result so far, for segment, eval and load
 """
 
 import csv
+import hashlib
+import io
 import json
 import logging
 import os
+import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
 
 from pixelclip.checkpoint import read_json
 from pixelclip.config import FREE_TO_CHANGE
-from pixelclip.errors import ConfigError, DataError, ModelError
+from pixelclip.errors import ConfigError, DataError
 from pixelclip.files import replacing
-from pixelclip.images import write_bytes
+from pixelclip.images import check_writable, write_bytes
 
 log = logging.getLogger("pixelclip")
 
 Row = dict[str, object]
 
+CHECKPOINT = re.compile(r"step-\d{8}\.pt")
 FORMAT = {"format": "pixelclip-run", "version": 1}
 
 
@@ -41,27 +45,38 @@ class Checkpoint(TypedDict):
     optimizer: dict[str, object]
     past: list[Tensor]
     clusters: Tensor
+    run: str
 
 
 class RunDir:
-    """A run directory; only the main process writes."""
+    """A run directory.
 
-    def __init__(self, folder: Path, *, writes: bool = True):
+    Attributes:
+        folder: with the files named above.
+        identity: hash of all that decides the result, which checkpoints carry.
+    """
+
+    def __init__(self, folder: Path, record: Mapping[str, object]):
         self.folder = folder
-        self.writes = writes
+        self.record: dict[str, object] = json.loads(json.dumps(record))  # as it will be read
+        fixed = {k: v for k, v in _flat(self.record).items() if k not in FREE_TO_CHANGE}
+        self.identity = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
-    def begin(self, record: Mapping[str, object]) -> None:
+    def begin(self) -> None:
         """Write `run.json`, or make sure that the run there is this one.
+
+        A folder without a checkpoint has nothing to lose: its record is written anew.
 
         Raises:
             ConfigError: the folder holds another run.
             DataError: it cannot be written.
         """
+        check_writable(self.folder / "checkpoints")
         path = self.folder / "run.json"
-        if path.is_file():
-            self._compare(read_json(path), json.loads(json.dumps(record)))
-        elif self.writes:
-            text = json.dumps({**FORMAT, **record}, indent=2) + "\n"
+        if path.is_file() and checkpoints(self.folder):
+            self._compare(read_json(path), self.record)
+        else:
+            text = json.dumps({**FORMAT, **self.record}, indent=2) + "\n"
             write_bytes(path, text.encode())
 
     def _compare(self, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
@@ -96,28 +111,47 @@ class RunDir:
                 f"cannot write {path}: {str(error).splitlines()[0]}; the last checkpoint is whole:"
                 " make room and run the same command again"
             ) from error
-        for old in self.checkpoints()[:-keep]:
-            old.unlink(missing_ok=True)
+        found = checkpoints(self.folder)
+        end = found.index(path) + 1
+        for other in (*found[: max(0, end - keep)], *found[end:]):  # newer ones were damaged
+            other.unlink(missing_ok=True)
 
     def load(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None."""
-        for path in reversed(self.checkpoints()):
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()  # compares every part with its checksum
-                if damaged is None:
-                    return _checked(torch.load(path, map_location="cpu", weights_only=True))
-            except Exception as error:  # a damaged file raises anything
-                log.debug("%s: %s", path, error)
-            log.info("%s is damaged; going back to the one before", path)
-        return None
+        """The newest checkpoint that is whole, or None.
 
-    def checkpoints(self) -> list[Path]:
-        """All checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*.pt"))
+        Raises:
+            ConfigError: it is of another run.
+        """
+        state = newest_checkpoint(self.folder)
+        if state is not None and state["run"] != self.identity:
+            raise ConfigError(
+                f"the checkpoints in {self.folder} are of another run; give another -o"
+            )
+        return state
 
     def _path(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in a run directory, oldest first."""
+    paths = (folder / "checkpoints").glob("step-*.pt")
+    return sorted(path for path in paths if CHECKPOINT.fullmatch(path.name) and path.is_file())
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in a run directory that is whole, or None."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # compares every part with its checksum
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises anything
+            damaged, content = str(error), None
+        if damaged is None and _is_checkpoint(content):
+            return content
+        log.info("%s is damaged; going back to the one before", path)
+    return None
 
 
 def _flat(record: Mapping[str, object]) -> dict[str, object]:
@@ -127,62 +161,55 @@ def _flat(record: Mapping[str, object]) -> dict[str, object]:
     return rest | (settings if isinstance(settings, dict) else {})
 
 
-def _checked(content: object) -> Checkpoint:
-    keys = Checkpoint.__annotations__.keys()
-    if not isinstance(content, dict) or content.keys() != keys:
-        raise ModelError("not a training checkpoint")
-    return content  # type: ignore[return-value]
+def _is_checkpoint(content: object) -> TypeGuard[Checkpoint]:
+    return isinstance(content, dict) and content.keys() == Checkpoint.__annotations__.keys()
 
 
 class Rows:
     """A table that grows by a row per step, as JSON lines and, if wanted, as CSV."""
 
-    def __init__(self, path: Path, step: int, *, with_csv: bool = False):
+    def __init__(self, path: Path, step: int, *, columns: Sequence[str] = ()):
         """Open for appending after `step`: rows of later steps are from before an interruption.
 
+        Args:
+            path: of the JSON lines.
+            step: the last one whose rows are kept.
+            columns: of a CSV file beside it; none: there is no such file.
+
         Raises:
-            DataError: the file cannot be written.
+            DataError: a file cannot be written.
         """
-        self.path, self.with_csv = path, with_csv
+        self.path, self.columns = path, columns
         self.rows = read_rows(path, step)
         write_bytes(path, "".join(map(_line, self.rows)).encode())
-        if with_csv:
-            self._rewrite_csv(self.rows)
+        if columns:
+            header = ",".join(columns) + "\n"
+            write_bytes(path.with_suffix(".csv"), header.encode() + self._csv(self.rows).encode())
 
-    def _rewrite_csv(self, rows: list[Row]) -> None:
-        with replacing(self.path.with_suffix(".csv")) as part, part.open("w", newline="") as file:
-            if rows:
-                writer = csv.DictWriter(file, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(rows)
-
-    def add(self, rows: Iterable[Mapping[str, object]]) -> None:
+    def add(self, rows: Sequence[Row]) -> None:
         """Append rows.
 
         Raises:
             DataError: the disk is full.
         """
-        rows = list(rows)
-        if not rows:
-            return
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(_line, rows)))
-            if self.with_csv:
-                self._add_csv(rows)
+            if rows:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("".join(map(_line, rows)))
+            if rows and self.columns:
+                with self.path.with_suffix(".csv").open("a", encoding="utf-8") as file:
+                    file.write(self._csv(rows))
         except OSError as error:
             raise DataError(f"cannot write {self.path}: {error.strerror or error}") from error
 
-    def _add_csv(self, rows: list[Mapping[str, object]]) -> None:
-        path = self.path.with_suffix(".csv")
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            if not path.stat().st_size:
-                writer.writeheader()
-            writer.writerows(rows)
+    def _csv(self, rows: Sequence[Row]) -> str:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self.columns, extrasaction="ignore", lineterminator="\n")
+        writer.writerows(rows)
+        return buffer.getvalue()
 
 
-def _line(row: Mapping[str, object]) -> str:
+def _line(row: Row) -> str:
     return json.dumps(row) + "\n"
 
 

@@ -1,10 +1,11 @@
 """`pixelclip.train`: the public door to training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pixelclip.backbones.sources import resolve
-from pixelclip.config import train_config
+from pixelclip.config import TrainConfig, train_config
+from pixelclip.errors import ConfigError
 from pixelclip.training.loop import TrainJob, run_job
 from pixelclip.training.report import TrainSummary
 
@@ -38,16 +39,43 @@ def train(
     Raises:
         PixelClipError: photos, masks, model, settings or the run directory cannot be used.
     """
+    job = make_job(images, output, masks=masks, model=model, checkpoint=checkpoint, device=device)
+    return run_job(job, job_config(job, recipe, settings), quiet=quiet)
+
+
+def make_job(
+    images: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    masks: str | Path | None,
+    model: str,
+    checkpoint: str | Path | None,
+    device: str,
+) -> TrainJob:
+    """What `train` is asked to do.
+
+    Raises:
+        ConfigError: the model is the run itself.
+    """
     paths = [images] if isinstance(images, str | Path) else images
-    replaced = None if checkpoint is None else Path(checkpoint)
-    card = resolve(model, weights_wanted=checkpoint is None).card
-    config = train_config(card.family, recipe, settings)
-    job = TrainJob(
+    if Path(model).resolve() == Path(output).resolve():
+        raise ConfigError(f"-o {output} is the model to start from; give another run directory")
+    return TrainJob(
         images=tuple(Path(path) for path in paths),
         masks=None if masks is None else Path(masks),
         output=Path(output),
-        model=model,
-        checkpoint=replaced,
+        model=str(Path(model).resolve()) if Path(model).exists() else model,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
         device=device,
     )
-    return run_job(job, config, quiet=quiet)
+
+
+def job_config(job: TrainJob, recipe: str | None, settings: Mapping[str, object]) -> TrainConfig:
+    """The settings of a job: its model family's recipe, another one, single settings.
+
+    Raises:
+        ConfigError: a recipe cannot be read, or a value is not allowed.
+        ModelError: there is no such model.
+    """
+    card = resolve(job.model, weights_wanted=job.checkpoint is None).card
+    return train_config(card.family, recipe, settings)

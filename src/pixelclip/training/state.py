@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import AdamW
 
+from pixelclip.checkpoint import check_fit
 from pixelclip.errors import ModelError
 from pixelclip.training.model import PixelClip
 from pixelclip.training.run import Checkpoint
@@ -19,7 +20,12 @@ def changing_tensors(model: PixelClip) -> dict[str, Tensor]:
 
 
 def collect(
-    step: int, model: PixelClip, optimizer: AdamW, recent: Tensor, accelerator: Accelerator
+    step: int,
+    model: PixelClip,
+    optimizer: AdamW,
+    recent: Tensor,
+    accelerator: Accelerator,
+    run: str,
 ) -> Checkpoint:
     """All that is needed to go on after `step`; every process must take part."""
     past = [features.cpu() for features in model.past]
@@ -30,7 +36,12 @@ def collect(
         past = [torch.cat(step_parts) for step_parts in zip(*parts, strict=True)]
     weights = {name: t.detach().cpu() for name, t in changing_tensors(model).items()}
     return Checkpoint(
-        step=step, weights=weights, optimizer=optimizer.state_dict(), past=past, clusters=recent
+        step=step,
+        weights=weights,
+        optimizer=optimizer.state_dict(),
+        past=past,
+        clusters=recent,
+        run=run,
     )
 
 
@@ -41,15 +52,14 @@ def restore(state: Checkpoint, model: PixelClip, optimizer: AdamW, *, is_main: b
     Raises:
         ModelError: it is of another model.
     """
-    weights = changing_tensors(model)
-    stored = state["weights"]
-    if weights.keys() != stored.keys() or any(
-        weights[name].shape != stored[name].shape for name in weights
-    ):
-        raise ModelError("the checkpoint is of another model; give the same one, or another -o")
-    for name, tensor in weights.items():
-        tensor.copy_(stored[name])
-    optimizer.load_state_dict(state["optimizer"])
+    weights, stored = changing_tensors(model), state["weights"]
     device = next(iter(weights.values())).device
-    model.past = [f.to(device) if is_main else f[:0].to(device) for f in state["past"]]
-    return state["clusters"]
+    try:
+        check_fit(weights, stored, "the checkpoint")
+        for name, tensor in weights.items():
+            tensor.copy_(stored[name])
+        optimizer.load_state_dict(state["optimizer"])
+        model.past = [f.to(device) if is_main else f[:0].to(device) for f in state["past"]]
+        return state["clusters"].reshape(-1, model.config.num_clusters).long()
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the checkpoint of this run cannot be used: {error}") from error

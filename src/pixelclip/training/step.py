@@ -27,6 +27,7 @@ class StepResult:
         entropy: mean entropy of the soft assignments, as a share of the largest possible.
         clusters: masks of each cluster.
         assignment: of this process's masks; None without clusters.
+        stopped: some process has been told to stop; all know it after the same step.
     """
 
     loss: float
@@ -35,6 +36,7 @@ class StepResult:
     entropy: float
     clusters: Int[Tensor, " K"]
     assignment: Assignment | None
+    stopped: bool
 
 
 def train_step(
@@ -43,6 +45,8 @@ def train_step(
     optimizer: AdamW,
     batches: Sequence[Batch],
     step: int,
+    *,
+    stop: bool = False,
 ) -> StepResult:
     """Update the teacher, make targets, and the student's step towards them.
 
@@ -55,11 +59,12 @@ def train_step(
         optimizer: of its weights.
         batches: this process's micro-batches, at least one.
         step: counted from 0.
+        stop: this process has been told to stop.
     """
     plain: PixelClip = accelerator.unwrap_model(model)
     plain.update_teacher()
+    vectors = plain.vectors(plain.text)  # in float32: assignments hang on the fourth digit
     with accelerator.autocast():
-        vectors = plain.vectors(plain.text)
         pooled = [plain.pool(batch) for batch in batches]
     targets, assignment = make_targets(plain, pooled, vectors)
     divisors = _divisors(plain, targets, accelerator.num_processes)
@@ -77,7 +82,8 @@ def train_step(
     )
     set_rates(optimizer, schedule(step, plain.config.steps))
     optimizer.step()
-    return _result(plain, total / accelerator.num_processes, norm, pooled, assignment)
+    total /= accelerator.num_processes
+    return _result(plain, total, norm, pooled, assignment, stop=stop)
 
 
 def make_targets(
@@ -107,6 +113,8 @@ def _result(
     norm: Tensor,
     pooled: Sequence[Pooled],
     assignment: Assignment | None,
+    *,
+    stop: bool,
 ) -> StepResult:
     """Figures over all processes, fetched from the device in one go."""
     num = model.config.num_clusters
@@ -116,7 +124,8 @@ def _result(
     if assignment is not None:
         clusters += assignment.hard.bincount(minlength=num)
         entropy = torch.special.entr(assignment.soft).sum()
-    figures = torch.cat([torch.stack([loss, entropy, loss.new_tensor(float(masks))]), clusters])
+    counts = loss.new_tensor([float(masks), float(stop)])
+    figures = torch.cat([torch.stack([loss, entropy]), counts, clusters])
     figures = all_reduced(figures).cpu()
     total, counted = float(figures[1]), int(figures[2])
     highest = float(torch.tensor(float(max(2, num))).log())
@@ -125,6 +134,7 @@ def _result(
         grad_norm=float(norm),
         masks=counted,
         entropy=total / max(1, counted) / highest,
-        clusters=figures[3:].long(),
+        clusters=figures[4:].long(),
         assignment=assignment,
+        stopped=bool(figures[3]),
     )

@@ -15,6 +15,8 @@ from pixelclip.images import MAX_PIXELS
 from pixelclip.masks.runs import PhotoMasks
 
 _FILTER = Image.Resampling.BILINEAR
+_CROP_PIXELS = 2**24
+MAX_MASK_BYTES = 2**26  # of the masks of a view, one byte per cell of the grid
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def crop_photo(photo: Image.Image, geometry: Geometry) -> Image.Image:
     reach = max(scale, 1.0) + 1  # of the filter, and a row in hand
     first = max(0, math.floor(geometry.top * scale - reach))
     last = min(photo.height, math.ceil(bottom * scale + reach))
-    band = photo.crop((0, first, photo.width, last))
+    band = _rows(photo, first, last)
     band = band.resize((columns, band.height), _FILTER, box=(0, 0, width, band.height))
     band = band.crop((geometry.left, 0, geometry.left + geometry.width, band.height))
     strip = Image.new("RGB", (geometry.width, photo.height))
@@ -137,6 +139,16 @@ def crop_photo(photo: Image.Image, geometry: Geometry) -> Image.Image:
     strip = strip.resize((geometry.width, rows), _FILTER, box=(0, 0, geometry.width, height))
     view = strip.crop((0, geometry.top, geometry.width, bottom))
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if geometry.is_flipped else view
+
+
+def _rows(photo: Image.Image, first: int, last: int) -> Image.Image:
+    """Rows `first` to `last` - 1, in parts, as Pillow's limit of pixels holds for a crop too."""
+    rows = Image.new("RGB", (photo.width, last - first))
+    step = max(1, _CROP_PIXELS // photo.width)
+    for top in range(first, last, step):
+        part = photo.crop((0, top, photo.width, min(top + step, last)))
+        rows.paste(part, (0, top - first))
+    return rows
 
 
 def _extent(photo: Image.Image, original: tuple[int, int]) -> tuple[float, float]:
@@ -197,7 +209,8 @@ def sample_masks(
     """The masks of a view on the grid over its frame; those left without a pixel are dropped.
 
     Resizing to nearest pixels, crop, flip, frame and grid are together a choice of rows and
-    columns of the photo; only those are looked up.
+    columns of the photo; only those are looked up. Where a centre falls between two rows exactly,
+    the lower one is taken; Pillow, which adds up in floating point, takes the other at times.
 
     Args:
         masks: of the photo.
