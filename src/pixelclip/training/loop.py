@@ -89,7 +89,7 @@ def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> Train
     with torch.random.fork_rng(devices=[]):  # layers draw weights that are then replaced
         backbone = load_backbone(job.model, checkpoint=job.checkpoint, device=str(device))
         run = RunDir(job.output, _record(job, config, backbone, photos))
-        card = _card(job, config, backbone)
+        card = _card(job, config, backbone, len(photos))
         model = PixelClip(backbone, config).to(device)
     optimizer = make_optimizer(model, config)
     reader = open_data(job, config, photos, run, accelerator, quiet=quiet)
@@ -317,11 +317,12 @@ def _record(
     }
 
 
-def _card(job: TrainJob, config: TrainConfig, backbone: Backbone) -> ModelCard:
+def _card(job: TrainJob, config: TrainConfig, backbone: Backbone, photos: int) -> ModelCard:
     """Card of the model that the run leaves."""
     base = text_base(job.model, job.checkpoint, backbone.card)
     training = {
         "from": job.model if job.checkpoint is None else f"{job.model} with {job.checkpoint}",
+        "photos": photos,
         "settings": config.model_dump(mode="json"),
     }
     return backbone.card.model_copy(
