@@ -35,9 +35,9 @@ class Batch:
         counts = [len(masks) for masks in self.masks]
         return _from_parts, (self.weak, self.strong, self.sizes, torch.cat(self.masks), counts)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The batch on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; from pinned memory, the copy goes on in the background."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The batch in memory from which a GPU copies while the program goes on."""

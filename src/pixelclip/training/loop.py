@@ -311,7 +311,7 @@ def _record(
         "images": [str(path.resolve()) for path in job.images],
         "masks": None if job.masks is None else str(job.masks.resolve()),
         "photos": len(photos),
-        "photos_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+        "photos_sha256": hashlib.sha256(names.encode()).hexdigest(),
         "settings": config.model_dump(mode="json"),
         "versions": {package: version(package) for package in PACKAGES},
     }

@@ -67,7 +67,7 @@ class Targets:
 
 
 class PixelClip(nn.Module):
-    """Everything a training step computes; `loop.train` says in which order.
+    """Everything a training step computes; `step.train_step` says in which order.
 
     Attributes:
         visual: the student, whose weights are the result.
@@ -85,9 +85,8 @@ class PixelClip(nn.Module):
         self.dim = backbone.dim
         self.cells = self.input_size // backbone.stride
         self.visual, self.text = backbone.visual, backbone.text
-        trained = choose_parameters(self.visual, config.finetune)
+        self.trained = choose_parameters(self.visual, config.finetune)
         self.teacher = _share_frozen(copy.deepcopy(self.visual).requires_grad_(False), self.visual)
-        self.trained = trained
         generator = torch.Generator().manual_seed(config.seed)
         # The authors draw the prompts first: with seed 0 the decoder gets their initial weights.
         draw_words(cast(Text, self.text), config.num_clusters, config.prompt_length, generator)
@@ -110,7 +109,7 @@ class PixelClip(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """T = momentum t + (1 - momentum) s for all trained weights; buffers are copied.
+        """Teacher = momentum teacher + (1 - momentum) student, trained weights; buffers are copied.
 
         Comes once per step before the teacher is asked, so that targets are made by a teacher that
         includes the student as of before this step (behaviour.md 10).

@@ -50,7 +50,7 @@ class ClusterPictures:
         self.words: tuple[tuple[str, ...], Tensor] | None = None
 
     def draw(self, model: PixelClip, step: int) -> None:
-        """Write `step-00000500.png`; photos that cannot be read are left out.
+        """Write `step-00000500.clusters.png`; photos that cannot be read are left out.
 
         Raises:
             DataError: the picture cannot be written.
