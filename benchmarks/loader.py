@@ -19,8 +19,9 @@ import psutil
 import torch
 from PIL import Image
 
-from pixelclip.images import Photo, find_photos, load_photo, read_size, to_rgb
+from pixelclip.images import load_photo, read_size, to_rgb
 from pixelclip.masks.runs import PhotoMasks, from_masks
+from pixelclip.photos import Photo, find_photos
 from pixelclip.training.colour import distort, vary_colour
 from pixelclip.training.data import TrainPhotos, make_loader
 from pixelclip.training.views import (

@@ -24,7 +24,7 @@ from loader import SETTINGS, MadeMasks, blobs, make_photos
 from train_step import Setting, make_problem
 
 from pixelclip.config import TrainConfig
-from pixelclip.images import find_photos
+from pixelclip.photos import find_photos
 from pixelclip.training.batch import make_batch
 from pixelclip.training.data import TrainPhotos, make_loader
 from pixelclip.training.loop import make_accelerator

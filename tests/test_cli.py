@@ -54,7 +54,7 @@ def test_segment_writes_labels_overlay_and_json(run, model, own_folder):
     assert code == 0
     assert "1 photo(s) -> out/" in out
     files = sorted(p.name for p in (own_folder / "out").iterdir())
-    assert files == ["a.json", "a.labels.png", "a.overlay.png"]
+    assert files == ["a.json", "a.labels.png", "a.overlay.png", "pixelclip.manifest.json"]
     labels = np.asarray(Image.open("out/a.labels.png"))
     assert (labels.shape, labels.dtype) == ((60, 90), np.uint8)
     record = json.loads((own_folder / "out/a.json").read_text())
@@ -115,7 +115,7 @@ def test_a_file_name_that_is_no_text_is_no_reason_to_stop(run, model, own_folder
     code, out, _ = run("segment", "photos", "-c", "cat, sky", "-m", model)
     assert code == 0
     assert "2 photo(s)" in out
-    assert len(list((own_folder / "pixelclip-out").iterdir())) == 6
+    assert len(list((own_folder / "pixelclip-out").iterdir())) == 7  # with the manifest
 
 
 def test_when_every_photo_fails_each_is_named(run, model, own_folder):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from pixelclip import images
 from pixelclip.errors import DataError
+from pixelclip.photos import find_photos
 from tests.tiny import photo
 
 
@@ -103,7 +104,7 @@ def test_folders_are_searched_with_subfolders_in_order(tmp_path):
     for name in ("b.png", "a.jpg", "sub/c.png", ".hidden.png", "a.labels.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    found = images.find_photos([tmp_path])
+    found = find_photos([tmp_path])
     assert [str(p.stem) for p in found] == ["a", "b", "sub/c"]
 
 
@@ -112,18 +113,18 @@ def test_photos_that_share_a_stem_get_one_each(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     paths = [tmp_path / name for name in ("x/a.png", "y/a.png", "a.png", "a.jpg")]
-    stems = [str(p.stem) for p in images.find_photos(paths)]
+    stems = [str(p.stem) for p in find_photos(paths)]
     assert len(set(stems)) == 4
 
 
 def test_the_same_photo_twice_is_one(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
-    assert len(images.find_photos([tmp_path / "a.png", tmp_path / "a.png"])) == 1
+    assert len(find_photos([tmp_path / "a.png", tmp_path / "a.png"])) == 1
 
 
 def test_folder_without_photos_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no photos in"):
-        images.find_photos([tmp_path])
+        find_photos([tmp_path])
 
 
 def test_write_leaves_nothing_half_done(tmp_path):
@@ -210,4 +211,4 @@ def test_hidden_folders_are_passed_over(tmp_path):
     (tmp_path / ".thumbnails").mkdir()
     (tmp_path / ".thumbnails/a.png").write_bytes(b"x")
     (tmp_path / "a.png").write_bytes(b"x")
-    assert len(images.find_photos([tmp_path])) == 1
+    assert len(find_photos([tmp_path])) == 1

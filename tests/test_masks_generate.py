@@ -5,27 +5,45 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from pixelclip.errors import DataError
-from pixelclip.images import Photo, find_photos, resized
-from pixelclip.masks.generate import generate
+from pixelclip.images import read_photo
+from pixelclip.jobs.run import Crew
+from pixelclip.masks.generate import MadeBy, generate
+from pixelclip.masks.names import photo_name
 from pixelclip.masks.runs import from_labels
-from pixelclip.masks.store import MaskStore, shard_path
-from pixelclip.masks.superpixels import superpixels
+from pixelclip.masks.store import MaskStore, make_row, shard_failures, shard_path
+from pixelclip.photos import Photo, find_photos
 
 
 def halves(image, *, threshold=128):
-    """A quick source: dark and light. At the top of the module, so that workers find it."""
+    """Dark and light. At the top of the module, so that workers find it."""
     return from_labels((image.mean(axis=2) > threshold).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Quick:
+    """A maker of masks by a function of the pixels."""
+
+    function: Callable = halves
+
+    def start(self):
+        return lambda photos: map(self._make, photos)
+
+    def _make(self, photo):
+        try:
+            image = np.asarray(read_photo(photo.path))
+        except DataError as error:
+            return str(error)
+        return make_row(photo_name(photo), self.function(image))
 
 
 @pytest.fixture
@@ -39,13 +57,10 @@ def photos(tmp_path):
     return find_photos([tmp_path / "photos"])
 
 
-def make(photos, out, **options):
-    return generate(
-        photos,
-        out,
-        **{"source": halves, "name": "halves", "settings": {}, "shard_size": 5, "quiet": True}
-        | options,
-    )
+def make(photos, out, *, function=halves, **options):
+    made_by = MadeBy(Quick(function), options.pop("source", "halves"), options.pop("settings", {}))
+    crew = Crew(workers=options.pop("workers", 1))
+    return generate(photos, out, made_by, crew=crew, shard_size=5, quiet=True, **options)
 
 
 def contents(folder):
@@ -53,7 +68,7 @@ def contents(folder):
 
 
 def test_every_photo_gets_its_masks(photos, tmp_path):
-    assert make(photos, tmp_path / "out") == []
+    assert make(photos, tmp_path / "out") == ([], 12, 0)
     store = MaskStore(tmp_path / "out")
     assert sorted(store.photos()) == sorted(f"{photo.stem.as_posix()}.png" for photo in photos)
     for photo in photos:
@@ -74,7 +89,7 @@ def test_finished_shards_are_kept_and_missing_ones_made(photos, tmp_path):
     whole = contents(out)
     shard_path(out, 1).unlink()
     kept = shard_path(out, 0).stat().st_mtime_ns
-    make(photos, out)
+    assert make(photos, out) == ([], 5, 7)
     assert contents(out) == whole
     assert shard_path(out, 0).stat().st_mtime_ns == kept
 
@@ -99,7 +114,7 @@ from test_masks_generate import ended, find_photos, make
 
 if __name__ == "__main__":
     make(find_photos([Path({photos!r})]), Path({out!r}), workers={workers},
-         source=partial(ended, end={end}, run=os.getpid()))
+         function=partial(ended, end={end}, run=os.getpid()))
 """
 
 
@@ -117,37 +132,53 @@ def test_an_ended_run_leaves_whole_files_and_is_taken_up(photos, tmp_path, end, 
         [sys.executable, str(script)], capture_output=True, start_new_session=True, timeout=60
     )
     assert run.returncode != 0
-    assert list(contents(out)) == ["masks.json", "shard-00000.parquet"]
-    assert len(MaskStore(out)) == 5
+    left = contents(out)
+    assert "masks.json" in left
+    assert "shard-00001.parquet" not in left
+    assert len(MaskStore(out)) % 5 == 0
     make(photos, out)
     make(photos, tmp_path / "undisturbed")
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    whole = contents(tmp_path / "undisturbed")
+    assert contents(out) == whole
+    assert left.items() <= whole.items()
 
 
 def test_a_worker_that_dies_is_a_clear_error(photos, tmp_path):
     with pytest.raises(DataError, match="a worker process died, perhaps for want of memory"):
-        make(photos, tmp_path / "out", source=dying, workers=2)
+        make(photos, tmp_path / "out", function=dying, workers=2)
     assert list(contents(tmp_path / "out")) == ["masks.json"]
 
 
 def test_broken_photos_are_reported_and_the_others_made(photos, tmp_path):
     photos[3].path.write_bytes(b"no photo")
     missing = Photo(tmp_path / "gone.jpg", Path("gone"))
-    failures = make([*photos, missing], tmp_path / "out")
-    assert {path: reason.split(str(path))[1] for path, reason in failures} == {
-        photos[3].path: " is not a photo in a known format",
-        missing.path: "",
-    }
+    made = make([*photos, missing], tmp_path / "out")
+    assert (made.new, made.kept) == (11, 0)
+    assert [(photo, reason.split(str(photo.path))[1]) for photo, reason in made.failed] == [
+        (photos[3], " is not a photo in a known format"),
+        (missing, ""),
+    ]
     assert len(MaskStore(tmp_path / "out")) == 11
     again = make([*photos, missing], tmp_path / "out")
-    assert again == [(path, "failed in an earlier run") for path, _ in failures]
+    assert again == (made.failed, 0, 11)
+
+
+def test_a_photo_that_failed_is_tried_again_on_request(photos, tmp_path):
+    out, good = tmp_path / "out", photos[3].path.read_bytes()
+    photos[3].path.write_bytes(b"no photo")
+    make(photos, out)
+    photos[3].path.write_bytes(good)
+    assert make(photos, out).failed
+    assert make(photos, out, retry=True) == ([], 5, 7)
+    make(photos, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "other"}, r"other source \('halves', now 'other'\)"),
-        ({"settings": {"threshold": 3}}, r"other settings \({}, now {'threshold': 3}\)"),
+        ({"source": "other"}, r"other source \('halves', now 'other'\)"),
+        ({"settings": {"threshold": 3}}, r"other threshold \(None, now 3\)"),
     ],
 )
 def test_a_store_of_other_settings_is_refused(photos, tmp_path, change, message):
@@ -158,23 +189,60 @@ def test_a_store_of_other_settings_is_refused(photos, tmp_path, change, message)
     assert contents(tmp_path / "out") == before
 
 
-def test_a_store_of_other_photos_is_refused(photos, tmp_path):
-    make(photos, tmp_path / "out", settings={"range": (1, 2)})
-    make(photos, tmp_path / "out", settings={"range": (1, 2)})  # a tuple becomes a list
-    with pytest.raises(DataError, match=r"holds masks with other photos \(12, now 11\); choose"):
-        make(photos[1:], tmp_path / "out", settings={"range": (1, 2)})
+def test_new_photos_are_a_further_round(photos, tmp_path):
+    out = tmp_path / "out"
+    make(photos[:7], out, settings={"range": (1, 2)})  # a tuple becomes a list
+    first = contents(out)
+    assert make(photos, out, settings={"range": (1, 2)}) == ([], 5, 7)
+    assert {name: first[name] for name in first if name != "masks.json"}.items() <= contents(
+        out
+    ).items()
+    assert sorted(MaskStore(out).photos()) == sorted(map(photo_name, photos))
+    rounds = json.loads((out / "masks.json").read_text())["rounds"]
+    assert [(one["photos"], one["first_shard"]) for one in rounds] == [(7, 0), (5, 2)]
+    assert make(photos[4:], out, settings={"range": (1, 2)}) == ([], 0, 8)
+    shard_path(out, 1).unlink()  # of the first round
+    assert make(photos, out, settings={"range": (1, 2)}) == ([], 2, 10)
+
+
+def test_an_unfinished_store_of_other_photos_is_refused(photos, tmp_path):
+    make(photos, tmp_path / "out")
+    shard_path(tmp_path / "out", 1).unlink()
+    before = contents(tmp_path / "out")
     renamed = [Photo(Path("renamed.png"), Path("renamed")), *photos[1:]]
-    with pytest.raises(DataError, match="other photos_sha256"):
-        make(renamed, tmp_path / "out", settings={"range": (1, 2)})
+    for others in (photos[1:], renamed):
+        with pytest.raises(DataError, match="not finished and was begun with other photos: 12"):
+            make(others, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("wrong", [{"photos": 2**80}, {"shard_size": 0}, {"photos": 2**29}])
+def test_a_hostile_manifest_is_refused(photos, tmp_path, wrong):
+    make(photos, tmp_path / "out")
+    path = tmp_path / "out/masks.json"
+    manifest = json.loads(path.read_text())
+    manifest["rounds"][0] |= {"shard_size": 1, **wrong}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="does not say which photos it is of"):
+        make(photos, tmp_path / "out")
+
+
+def test_failures_are_kept_with_their_reasons(photos, tmp_path):
+    photos[0].path.write_bytes(b"")
+    make(photos, tmp_path / "out")
+    [(name, why)] = shard_failures(shard_path(tmp_path / "out", 0))
+    assert name == photo_name(photos[0])
+    assert str(photos[0].path) in why
 
 
 def test_the_manifest_says_how_the_masks_were_made(photos, tmp_path):
-    make(photos, tmp_path / "out", source=partial(halves, threshold=9), settings={"threshold": 9})
+    make(photos, tmp_path / "out", function=partial(halves, threshold=9), settings={"threshold": 9})
     manifest = json.loads((tmp_path / "out" / "masks.json").read_text())
     assert manifest["settings"] == {"threshold": 9}
     assert manifest["source"] == "halves"
-    assert manifest["photos"] == 12
-    assert "scikit-image" in manifest["versions"]
+    [only] = manifest["rounds"]
+    assert only["photos"] == 12
+    assert "scikit-image" in only["versions"]
 
 
 def test_a_damaged_shard_is_an_error_not_a_finished_one(photos, tmp_path):
@@ -184,44 +252,10 @@ def test_a_damaged_shard_is_an_error_not_a_finished_one(photos, tmp_path):
         make(photos, tmp_path / "out")
 
 
-def test_making_masks_needs_no_torch():
+def test_making_superpixels_needs_no_torch():
     code = (
-        "import pixelclip.masks.generate, pixelclip.masks.superpixels, sys;"
-        "print('torch' in sys.modules)"
+        "import sys; import pixelclip.masks.make as make;"
+        "make.find_source('superpixels'); print('torch' in sys.modules)"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert printed.stdout.strip() == b"False"
-
-
-@settings(max_examples=20, deadline=None)
-@given(arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
-def test_superpixels_cover_every_pixel_once(image):
-    masks = superpixels(image)
-    pixels = masks.sample(np.arange(image.shape[0]), np.arange(image.shape[1]))
-    assert (pixels.sum(axis=0) == 1).all()
-    assert masks.to_rle() == superpixels(image).to_rle()
-
-
-def test_large_photos_are_looked_at_small():
-    image = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
-    image = image.repeat(60, axis=0).repeat(60, axis=1)
-    small = superpixels(np.asarray(resized(image, (512, 354))))
-    rows, columns = np.arange(540) * 354 // 540, np.arange(780) * 512 // 780
-    large = superpixels(image).sample(np.arange(540), np.arange(780))
-    assert np.array_equal(large, small.sample(rows, columns))
-
-
-def test_superpixels_follow_colours_and_leave_no_crumbs():
-    image = np.zeros((900, 1300, 3), dtype=np.uint8)
-    image[:, 650:] = 200
-    image[5, 5] = 255
-    masks = superpixels(image)
-    assert masks.areas().min() > 0.0009 * 900 * 1300
-    left, right = masks.select(np.argsort(masks.areas())[-2:].astype(np.int64)).sample(
-        np.arange(900), np.arange(1300)
-    )
-    if right[0, 0]:
-        left, right = right, left
-    assert left[:, :610].all()  # the edge between is blurred in the small photo
-    assert right[:, 690:].all()
-    assert superpixels(image, min_share=0.6).count == 1

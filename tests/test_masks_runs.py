@@ -97,6 +97,26 @@ def test_areas_count_the_pixels(masks):
     np.testing.assert_array_equal(from_masks(masks).areas(), masks.sum(axis=(1, 2)))
 
 
+@given(any_masks)
+def test_boxes_are_those_of_coco(masks):
+    codes = [{"size": masks.shape[1:], "counts": text} for text in coco_counts(masks)]
+    expected = coco.toBbox(codes) if codes else np.zeros((0, 4))
+    np.testing.assert_array_equal(from_masks(masks).boxes(), expected)
+
+
+@given(any_masks, st.data())
+def test_details_go_with_their_masks(masks, data):
+    count = len(masks)
+    broken = data.draw(arrays(bool, count))
+    codes = [None if bad else code for bad, code in zip(broken, coco_counts(masks), strict=True)]
+    details = [{"id": index} for index in range(count)]
+    found = from_rle(*masks.shape[1:], codes, details=details)
+    assert found.details == tuple(own for own, bad in zip(details, broken, strict=True) if not bad)
+    last = found.select(np.arange(found.count)[::-1][:2])
+    assert last.details == found.details[::-1][:2]
+    assert from_rle(*masks.shape[1:], codes).details is None
+
+
 @given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2), elements=st.integers(0, 4)))
 def test_labels_become_one_mask_per_value(labels):
     values = [value for value in np.unique(labels) if value != 2]

@@ -8,15 +8,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src/pixelclip"
 
 LEVELS = {
-    "errors": -2, "files": -1, "heads": -1,
+    "errors": -3, "files": -2, "heads": -2, "photos": -1,
     "workers": 0, "config": 0, "device": 0, "progress": 0, "images": 0, "samples": 0,
     "checkpoint": 1, "upsample": 1, "overlay": 1, "rings": 1, "segmentation": 2,
-    "backbones": 2, "plan": 2, "masks": 2,
-    "vocabulary": 3, "hub": 3,
+    "jobs": 2, "backbones": 2, "plan": 2,
+    "vocabulary": 3, "hub": 3, "masks": 3,
     "segmenter": 4, "training": 4,
-    "job": 5, "evaluation": 5,
-    "commands": 6,
-    "cli": 7, "__main__": 8, "__init__": 8,
+    "output": 5, "evaluation": 5,
+    "job": 6, "maskjob": 6,
+    "commands": 7,
+    "cli": 8, "__main__": 9, "__init__": 9,
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.images import Photo, load_photo, read_photo, read_size
+from pixelclip.images import load_photo, read_photo, read_size
 from pixelclip.masks.runs import PhotoMasks, from_masks
+from pixelclip.photos import Photo
 from pixelclip.training.data import TrainPhotos, collate, make_loader
 from pixelclip.training.views import ViewSettings, crop_photo, draw_geometry
 
@@ -287,7 +288,7 @@ ENDLESS = """
 import sys
 from pathlib import Path
 import numpy as np
-from pixelclip.images import Photo
+from pixelclip.photos import Photo
 from pixelclip.training.data import TrainPhotos, make_loader
 from tests.test_training_data import SMALL, Halves
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixelclip.images import Photo
+from pixelclip.photos import Photo
 from pixelclip.training.order import global_batches, local_slice, wider
 
 PILES = st.lists(st.booleans(), min_size=1, max_size=30).map(np.array)

@@ -4,11 +4,16 @@ python tools/readme_pictures.py            # all of docs/pictures
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw, ImageFont
 
 from pixelclip.backbones import load_backbone
 from pixelclip.images import read_photo
+from pixelclip.masks.annotations import open_masks
+from pixelclip.masks.make import make_masks
+from pixelclip.masks.pictures import contact_sheet
+from pixelclip.photos import find_photos
 from pixelclip.samples import sample_photos
 from pixelclip.segmenter import Segmenter
 from pixelclip.vocabulary import parse_classes
@@ -42,6 +47,14 @@ def banner(photo: Image.Image, words: str, overlay: Image.Image) -> Image.Image:
     return canvas
 
 
+def masks() -> Image.Image:
+    """The sample photos beside their superpixels."""
+    photos = find_photos([path for path, _ in sample_photos()])
+    with TemporaryDirectory() as folder:
+        make_masks(photos, folder, source="superpixels")
+        return contact_sheet(photos, open_masks(Path(folder), photos), tile=216).image
+
+
 def main() -> None:
     """Segment every sample photo and write the pictures."""
     TARGET.mkdir(parents=True, exist_ok=True)
@@ -63,7 +76,8 @@ def main() -> None:
             sheet.paste(image, (column * (WIDTH + 10), top))
         top += height + 10
     sheet.save(TARGET / "samples.jpg", quality=88)
-    print(f"banner.jpg and samples.jpg -> {TARGET}")
+    masks().save(TARGET / "masks.jpg", quality=88)
+    print(f"banner.jpg, samples.jpg and masks.jpg -> {TARGET}")
 
 
 if __name__ == "__main__":

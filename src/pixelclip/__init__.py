@@ -10,16 +10,26 @@ from pixelclip.errors import PixelClipError
 
 if TYPE_CHECKING:
     from pixelclip.backbones import load_backbone
+    from pixelclip.masks.make import make_masks
     from pixelclip.segmenter import Segmenter, segment
     from pixelclip.training.start import train
 
 __version__ = "0.1.0"
-__all__ = ["PixelClipError", "Segmenter", "__version__", "load_backbone", "segment", "train"]
+__all__ = [
+    "PixelClipError",
+    "Segmenter",
+    "__version__",
+    "load_backbone",
+    "make_masks",
+    "segment",
+    "train",
+]
 
 _HOMES = {
     "Segmenter": "pixelclip.segmenter",
     "segment": "pixelclip.segmenter",
     "load_backbone": "pixelclip.backbones",
+    "make_masks": "pixelclip.masks.make",
     "train": "pixelclip.training.start",
 }
 

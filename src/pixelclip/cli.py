@@ -11,6 +11,7 @@ import typer
 
 from pixelclip import __version__
 from pixelclip.commands.eval import eval_command
+from pixelclip.commands.masks import masks_command
 from pixelclip.commands.models import models_command
 from pixelclip.commands.pull import pull_command
 from pixelclip.commands.push import push_command
@@ -34,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("segment")(segment_command)
+app.command("masks")(masks_command)
 app.command("eval")(eval_command)
 app.command("train")(train_command)
 app.command("models")(models_command)

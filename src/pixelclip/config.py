@@ -79,7 +79,8 @@ class TrainConfig(BaseModel):
         drop_path: the student drops residual branches as its architecture says (ConvNeXt).
         authors_defects: compute as the authors' code does where it differs from what was meant:
             masks are not padded with their photo, all templates use the first one's words, the
-            teacher drops residual branches too (behaviour.md 11d, 6h, 7d).
+            teacher drops residual branches too, masks made while training cover the padding and
+            what is cut out of the view (behaviour.md 11d, 6h, 7d, 19c).
 
         short_side: photos are resized to this shorter side, in pixels,
         long_side: unless the longer one would pass this,
@@ -89,6 +90,12 @@ class TrainConfig(BaseModel):
         input_size: network input, in pixels; None: the model's own square.
         mask_size: targets and loss live on a square of so many pixels.
         max_pixels: photos with more pixels are passed over.
+
+        mask_model: what makes masks while training: with `--masks dino` a timm name or folder, with
+            `--masks mini` a backbone; None: DINO ViT-S/16, or mini.
+        mask_checkpoint: weight file or folder that replaces its weights.
+        mask_clusters: masks of a view, clusters of the model's features.
+        mask_input: side of its network input, in pixels; None: the view's.
 
         finetune: `attention` (with position embedding), `full`, or patterns of weight names.
         learning_rate: of the decoder.
@@ -135,6 +142,11 @@ class TrainConfig(BaseModel):
     input_size: int | None = Field(None, ge=16, le=8192)
     mask_size: int = Field(256, ge=4, le=4096)
     max_pixels: int = Field(128_000_000, ge=1)
+
+    mask_model: str | None = None
+    mask_checkpoint: str | None = None
+    mask_clusters: int = Field(16, ge=1, le=256)
+    mask_input: int | None = Field(None, ge=16, le=8192)
 
     finetune: Literal["attention", "full"] | tuple[str, ...] = "attention"
     learning_rate: float = Field(2e-4, gt=0, le=100)
@@ -190,7 +202,7 @@ def train_config(
         if name is not None:
             values |= read_recipe(name)
             validated(TrainConfig, values, f"recipe {name} ")
-    values |= {name: _value(value) for name, value in (settings or {}).items()}
+    values |= {name: parse_value(value) for name, value in (settings or {}).items()}
     return validated(TrainConfig, values, "--set ")
 
 
@@ -230,7 +242,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _value(value: object) -> object:
+def parse_value(value: object) -> object:
     """A text as the TOML value it spells, or as it is."""
     if not isinstance(value, str):
         return value

@@ -4,12 +4,10 @@ import io
 import math
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
@@ -21,7 +19,6 @@ from pixelclip.errors import DataError
 from pixelclip.files import replacing
 from pixelclip.heads import png_without_pixels
 
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MAX_PIXELS = 128_000_000
 OVERLAY_PIXELS = 16_000_000
 RESIZE_BAND_PIXELS = 8_000_000
@@ -39,58 +36,6 @@ TURNS = {
 LYING = {TURNS[5], TURNS[6], TURNS[7], TURNS[8]}
 
 _OPENING = threading.Lock()  # Pillow's limit is a global of its module
-
-
-class Photo(NamedTuple):
-    """A photo to read and the stem, relative to the output folder, of what is written for it."""
-
-    path: Path
-    stem: Path
-
-
-def find_photos(paths: Sequence[Path]) -> list[Photo]:
-    """The photos among files and folders (searched with their subfolders), sorted per folder.
-
-    Each gets a stem of its own: where several would share one, they keep their suffix (`a.png`),
-    and where that is not enough, a number follows (`a.png-2`). Hidden files and folders, and
-    results of ours, are passed over.
-
-    Raises:
-        DataError: a path does not exist, or a folder holds no photo.
-    """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if is_photo(p, path))
-            if not inside:
-                raise DataError(
-                    f"no photos in {path} (looked for {', '.join(sorted(PHOTO_SUFFIXES))})"
-                )
-            found |= {p: p.relative_to(path) for p in inside}
-        elif path.exists():
-            found.setdefault(path, Path(path.name))
-        else:
-            raise DataError(f"no such photo or folder: {path}")
-    stems = [relative.with_suffix("") for relative in found.values()]
-    shared = Counter(stems)
-    taken: set[Path] = set()
-    photos = []
-    for (path, relative), stem in zip(found.items(), stems, strict=True):
-        unique = stem if shared[stem] == 1 else relative
-        number = 2
-        while unique in taken:
-            unique = relative.with_name(f"{relative.name}-{number}")
-            number += 1
-        taken.add(unique)
-        photos.append(Photo(path, unique))
-    return photos
-
-
-def is_photo(path: Path, folder: Path) -> bool:
-    """Whether a file in a folder is named like a photo that a person put there."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ours = path.name.endswith((".labels.png", ".overlay.png", ".clusters.png"))
-    return path.suffix.lower() in PHOTO_SUFFIXES and not hidden and not ours and path.is_file()
 
 
 def read_photo(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -1,69 +1,94 @@
 """Segment many photos and write the results; a broken photo does not stop the others."""
 
-import io
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import numpy as np
 from PIL import Image
 
-from pixelclip.backbones import load_backbone
+from pixelclip.backbones import Backbone, load_backbone
 from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
 from pixelclip.files import printable
-from pixelclip.images import (
-    Photo,
-    check_writable,
-    find_photos,
-    for_overlay,
-    load_photo,
-    png_bytes,
-    write_bytes,
-)
+from pixelclip.images import check_writable, for_overlay, load_photo, write_bytes
+from pixelclip.jobs.run import Summary, make_crew, run
+from pixelclip.jobs.work import Do, Outcome, Piece, cut
+from pixelclip.output import Output, files_of, identity_of, is_done, read_record, write_result
+from pixelclip.photos import Photo, at_hand, find_photos
 from pixelclip.plan import Plan
-from pixelclip.progress import progress_bar
 from pixelclip.samples import sample_photos
 from pixelclip.segmentation import ClassArea, Segmentation
 from pixelclip.segmenter import Prepared, Segmenter
 from pixelclip.vocabulary import parse_classes
 
+MANIFEST = "pixelclip.manifest.json"
+FORMAT, VERSION = "pixelclip-segment", 1
+PIECE = 32  # photos that are read together, so that those of one shape share forward passes
+SHOWN = 20
 
-class Output(NamedTuple):
-    """What is written and printed.
+
+@dataclass(frozen=True)
+class Means:
+    """What photos are segmented with; goes to worker processes.
 
     Attributes:
-        folder: for the results.
-        masks: RLE and polygons in the JSON of each photo.
-        scores: score maps as NPZ.
-        overlay: overlay pictures.
-        json: print a summary as JSON on stdout.
-        quiet: print errors only.
+        model: name, weight file or run directory.
+        checkpoint: weights that replace the model's.
+        device: auto, cpu, cuda, cuda:N or mps.
+        attention: last block of a ViT.
+        config: settings of the segmenter.
     """
 
-    folder: Path
-    masks: bool = False
-    scores: bool = False
-    overlay: bool = True
-    json: bool = False
-    quiet: bool = False
+    model: str
+    checkpoint: Path | None
+    device: str
+    attention: str
+    config: SegmentConfig
+
+    def load(self) -> Backbone:
+        """The model.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        return load_backbone(
+            self.model, checkpoint=self.checkpoint, device=self.device, attention=self.attention
+        )
+
+    def segmenter(self, backbone: Backbone, classes: str) -> Segmenter:
+        """Model and words.
+
+        Raises:
+            ConfigError: class names or settings are not usable.
+        """
+        return Segmenter(backbone, parse_classes(classes), config=self.config)
 
 
 def segment_photos(
-    paths: list[Path],
+    paths: Sequence[Path | str],
     *,
     classes: str | None,
-    model: str,
-    checkpoint: Path | None,
-    device: str,
-    attention: str,
-    config: SegmentConfig,
+    means: Means,
     output: Output,
+    workers: int | None = None,
+    engine: str = "local",
 ) -> int:
     """Segment photos and folders; without any, the sample photos with words of their own.
+
+    What is there already, of the same photo, model, words and settings, is kept.
+
+    Args:
+        paths: photos, folders, and places for fsspec (`s3://bucket/photos`).
+        classes: for `parse_classes`.
+        means: model and settings.
+        output: what is written and printed.
+        workers: processes; by default one, or with mini and many photos one per core.
+        engine: `local`, or `ray`.
 
     Returns:
         0: all done; 1: some photos failed, they are listed.
@@ -71,44 +96,96 @@ def segment_photos(
     Raises:
         PixelClipError: nothing could be done.
     """
-    groups = _groups(paths, classes)
-    backbone = load_backbone(model, checkpoint=checkpoint, device=device, attention=attention)
+    photos, words = _photos(paths, classes)
+    backbone = means.load()
+    segmenters = {names: means.segmenter(backbone, names) for names in words}
     check_writable(output.folder)
-    done: dict[Photo, dict[str, object]] = {}
-    failed: dict[Photo, str] = {}
-    with progress_bar(quiet=output.quiet) as bar:
-        task = bar.add_task("segmenting", total=sum(len(photos) for _, photos in groups))
-        for names, photos in groups:
-            segmenter = Segmenter(backbone, parse_classes(names), config=config)
-            for item in _results(segmenter, photos, output):
-                try:
-                    if isinstance(item, _Failure):
-                        raise item.error
-                    done[item.photo] = _write(item, segmenter, output)
-                except DataError as error:
-                    failed[item.photo] = str(error)
-                bar.advance(task)
-    everything = [photo for _, photos in groups for photo in photos]
-    records = [done[photo] for photo in everything if photo in done]
-    failures = [(printable(p.path), failed[p]) for p in everything if p in failed]
-    _print(records, failures, output)
-    if not records:
-        raise DataError(failures[0][1] if len(failures) == 1 else "no photo could be segmented")
-    return 1 if failures else 0
+    settings = segmenters[words[0]].description()
+    manifest = {"model": backbone.card.name, "classes": words, "settings": settings}
+    _write_manifest(output.folder, manifest, photos, None)
+    is_light = backbone.card.family == "mini" and backbone.device.type == "cpu"
+    gpu = backbone.device.type == "cuda"
+    crew = make_crew(len(photos), workers, engine, is_light=is_light, gpu=gpu)
+    is_here = crew.engine == "local" and crew.workers == 1
+    work = SegmentWork(means, tuple(words), output, segmenters if is_here else None)
+    if not is_here:
+        del backbone, segmenters  # the workers have their own
+    pieces = cut(photos, _piece_size(len(photos), len(words), crew.workers))
+    summary = run(work, pieces, crew, what="segmenting", quiet=output.quiet)
+    _write_manifest(output.folder, manifest, photos, summary)
+    _print(photos, summary, output)
+    if not summary.new + summary.kept:
+        failed = summary.failed
+        raise DataError(failed[0][1] if len(failed) == 1 else "no photo could be segmented")
+    return 1 if summary.failed else 0
 
 
-def _groups(paths: list[Path], classes: str | None) -> list[tuple[str, list[Photo]]]:
-    """Photos with the words they are segmented with."""
+def _photos(
+    paths: Sequence[Path | str], classes: str | None
+) -> tuple[list[Photo], tuple[str, ...]]:
+    """Photos, and the words for all of them or for each."""
     if paths:
         if classes is None:
             raise ConfigError('no class names; give some, as in --classes "cat, sofa, window"')
         parse_classes(classes)
-        return [(classes, find_photos(paths))]
+        return find_photos(paths), (classes,)
     samples = sample_photos()
-    if classes is not None:
-        parse_classes(classes)
-        return [(classes, [Photo(path, Path(path.stem)) for path, _ in samples])]
-    return [(own, [Photo(path, Path(path.stem))]) for path, own in samples]
+    photos = [Photo(path, Path(path.stem)) for path, _ in samples]
+    return photos, tuple(own for _, own in samples) if classes is None else (classes,)
+
+
+def _piece_size(photos: int, texts: int, workers: int) -> int:
+    """Photos per piece: small enough to keep all workers busy to the end."""
+    return 1 if texts > 1 else min(PIECE, max(1, photos // (4 * workers)))
+
+
+@dataclass(frozen=True)
+class SegmentWork:
+    """Photos become label maps, overlays and JSON.
+
+    Attributes:
+        means: model and settings.
+        classes: words of all pieces, or of each.
+        output: what is written.
+        segmenters: of these words, where they are loaded already.
+    """
+
+    means: Means
+    classes: tuple[str, ...]
+    output: Output
+    segmenters: dict[str, Segmenter] | None = None
+
+    def start(self) -> Do:
+        """A function that segments the photos of a piece; the model is loaded but once."""
+        backbone = None if self.segmenters else self.means.load()
+
+        @cache
+        def ready(names: str) -> tuple[Segmenter, str]:
+            segmenter = (
+                self.segmenters[names]
+                if self.segmenters
+                else self.means.segmenter(cast(Backbone, backbone), names)
+            )
+            return segmenter, identity_of(segmenter, self.output)
+
+        def do(piece: Piece) -> Iterator[Outcome]:
+            segmenter, identity = ready(self.classes[piece.number % len(self.classes)])
+            todo = []
+            for photo in piece.photos:
+                if is_done(photo, self.output, identity):
+                    yield Outcome(photo, is_new=False)
+                else:
+                    todo.append(photo)
+            for item in _results(segmenter, todo, self.output):
+                try:
+                    if isinstance(item, _Failure):
+                        raise item.error
+                    write_result(*item, segmenter=segmenter, output=self.output, identity=identity)
+                    yield Outcome(item.photo)
+                except DataError as error:
+                    yield Outcome(item.photo, str(error))
+
+        return do
 
 
 class _Waiting(NamedTuple):
@@ -142,7 +219,8 @@ def _results(
     size = segmenter.config.batch_size
     for photo in photos:
         try:
-            image = load_photo(photo.path, segmenter.config.max_pixels)
+            with at_hand(photo) as local:
+                image = load_photo(local.path, segmenter.config.max_pixels)
             prepared = segmenter.prepare(image)
             if output.scores:
                 segmenter.check_score_size(prepared.height, prepared.width)
@@ -167,68 +245,53 @@ def _run(segmenter: Segmenter, items: list[_Waiting], output: Output) -> Iterato
         yield _Success(item.photo, result, item.picture)
 
 
-def _write(item: _Success, segmenter: Segmenter, output: Output) -> dict[str, object]:
-    """Write the files of one photo; the JSON comes last, so that it stands for a whole set."""
-    base, result = output.folder / item.photo.stem, item.result
-
-    def beside(suffix: str) -> Path:
-        return base.with_name(base.name + suffix)
-
-    write_bytes(beside(".labels.png"), png_bytes(Image.fromarray(result.labels)))
-    if item.picture is not None:
-        write_bytes(beside(".overlay.png"), png_bytes(result.overlay(item.picture)))
-    if output.scores and result.scores is not None:
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer, scores=result.scores.astype(np.float16), classes=np.array(result.classes)
-        )
-        write_bytes(beside(".scores.npz"), buffer.getvalue())
-    record = describe(item.photo.path, result, segmenter, masks=output.masks)
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    write_bytes(beside(".json"), f"{text}\n".encode())
-    return record
-
-
-def describe(
-    path: Path, result: Segmentation, segmenter: Segmenter, *, masks: bool = False
-) -> dict[str, object]:
-    """What the JSON beside a label map says; specified in docs/formats.md."""
-    height, width = result.labels.shape
-    areas = result.areas()
-    record: dict[str, object] = {
-        "photo": printable(path),
-        "width": width,
-        "height": height,
-        "classes": list(result.classes),
-        "areas": areas,
-        "no_class_pixels": height * width - sum(area["pixels"] for area in areas),
-        "no_class_label": result.none,
-        "model": segmenter.backbone.card.name,
-        "settings": segmenter.description(),
+def _write_manifest(
+    folder: Path, what: Mapping[str, object], photos: Sequence[Photo], summary: Summary | None
+) -> None:
+    """Say what the folder holds; without a summary, what it is going to hold."""
+    document: dict[str, object] = {
+        "format": FORMAT,
+        "version": VERSION,
+        **what,
+        "photos": len(photos),
+        "finished": summary is not None,
     }
-    if masks:
-        record["rle"] = result.rles()
-        record["polygons"] = result.polygons()
-    return record
+    if summary is not None:
+        document |= {"new": summary.new, "kept": summary.kept, "failed": _failures(summary)}
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    write_bytes(folder / MANIFEST, f"{text}\n".encode())
 
 
-def _print(done: list[dict[str, object]], failures: list[tuple[str, str]], output: Output) -> None:
+def _failures(summary: Summary) -> list[dict[str, str]]:
+    return [{"photo": photo.shown, "error": error} for photo, error in summary.failed]
+
+
+def _print(photos: Sequence[Photo], summary: Summary, output: Output) -> None:
+    failed = {photo for photo, _ in summary.failed}
+    done = [photo for photo in photos if photo not in failed]
     if output.json:
-        failed = [{"photo": photo, "error": error} for photo, error in failures]
-        print(
-            json.dumps(
-                {"output": printable(output.folder), "photos": done, "failed": failed}, indent=2
-            )
-        )
+        _print_json(done, summary, output)
     elif done and not output.quiet:
-        for record in done[:20]:
+        for photo in done[:SHOWN]:
+            record = read_record(files_of(photo, output)[-1])
             areas = cast(list[ClassArea], record["areas"])
             shares = ", ".join(f"{area['name']} {100 * area['share']:.0f} %" for area in areas[:6])
             print(f"{record['photo']}: {shares or 'no class'}")
-        if len(done) > 20:
-            print(f"and {len(done) - 20} more")
+        if len(done) > SHOWN:
+            print(f"and {len(done) - SHOWN} more")
+        kept = f", {summary.kept} of them were there already" if summary.kept else ""
         look = " (look at *.overlay.png)" if output.overlay else ""
-        print(f"{len(done)} photo(s) -> {printable(output.folder)}/{look}")
-    if done or len(failures) > 1:
-        for _, error in failures:
+        print(f"{len(done)} photo(s) -> {printable(output.folder)}/{look}{kept}")
+    if done or len(summary.failed) > 1:
+        for _, error in summary.failed:
             print(f"pixelclip: failed: {error}", file=sys.stderr)
+
+
+def _print_json(done: Sequence[Photo], summary: Summary, output: Output) -> None:
+    """One document, written record by record: a million of them need no memory."""
+    head = json.dumps({"output": printable(output.folder), "new": summary.new})
+    print(f'{head[:-1]}, "photos": [', end="")
+    for index, photo in enumerate(done):
+        record = read_record(files_of(photo, output)[-1])
+        print("," if index else "", json.dumps(record), sep="\n", end="")
+    print(f'],\n"failed": {json.dumps(_failures(summary))}}}')

@@ -3,9 +3,46 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pixelclip.errors import ConfigError
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_threads(count: int) -> None:
+    """Let torch compute with so many threads in this process, be it loaded or not.
+
+    Results may depend on that number in the last bit: oneDNN cuts sums into as many parts.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Likewise, while the block lasts."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    torch_before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else cores()
+    set_threads(count)
+    try:
+        yield
+    finally:
+        set_threads(torch_before)
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def check_not_importing() -> None:

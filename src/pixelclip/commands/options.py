@@ -38,3 +38,14 @@ MaxPixels = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Processes, on this machine or in the cluster.",
+        show_default="1; where models are small and photos many, one per core",
+    ),
+]
+Engine = Annotated[
+    str,
+    typer.Option(help="local, or ray: the cluster at RAY_ADDRESS, else one on this machine."),
+]

@@ -9,6 +9,7 @@ from pixelclip.commands.options import (
     Attention,
     Checkpoint,
     Device,
+    Engine,
     FixArticle,
     Json,
     MaxPixels,
@@ -16,14 +17,17 @@ from pixelclip.commands.options import (
     Quiet,
     ShortSide,
     Templates,
+    Workers,
 )
 
 
 def segment_command(
     photos: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            help="Photos, or folders of photos; none: the sample photos.", show_default=False
+            help="Photos, folders of photos, or places for fsspec (s3://bucket/photos); none: the"
+            " sample photos.",
+            show_default=False,
         ),
     ] = None,
     classes: Annotated[
@@ -83,16 +87,21 @@ def segment_command(
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     max_pixels: MaxPixels = None,
+    workers: Workers = None,
+    engine: Engine = "local",
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Segment photos with words.
 
     Writes STEM.labels.png (class index per pixel, 255 = no class; 16 bit and 65535 above 255
-    classes), STEM.overlay.png and STEM.json for every photo.
+    classes), STEM.overlay.png and STEM.json for every photo. The same command again finishes
+    what was not done: results that are there, of the same photo, model, words and settings, are
+    kept.
     """
     from pixelclip.config import SegmentConfig, make_config
-    from pixelclip.job import Output, segment_photos
+    from pixelclip.job import Means, segment_photos
+    from pixelclip.output import Output
     from pixelclip.progress import hush
     from pixelclip.vocabulary import parse_classes
 
@@ -113,11 +122,9 @@ def segment_command(
     return segment_photos(
         photos or [],
         classes=classes,
-        model=model,
-        checkpoint=checkpoint,
-        device=device,
-        attention=attention,
-        config=config,
+        means=Means(model, checkpoint, device, attention, config),
+        workers=workers,
+        engine=engine,
         output=Output(output, masks, scores, not no_overlay, json_output, quiet),
     )
 

@@ -29,7 +29,8 @@ def train_command(
     masks: Annotated[
         Path | None,
         typer.Option(
-            help="Mask store, folder of SA-1B JSON or label maps, or a COCO JSON file.",
+            help="Mask store, folder of SA-1B JSON or label maps, or a COCO JSON file; dino or"
+            " mini: made of each view while it is trained on.",
             show_default="superpixels, made first",
         ),
     ] = None,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.images import is_photo
+from pixelclip.photos import is_photo
 from pixelclip.vocabulary import check_classes
 
 IGNORE = 255

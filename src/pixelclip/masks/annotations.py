@@ -1,7 +1,7 @@
 """Masks that lie beside photos; what kind they are is told by looking."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Protocol, runtime_checkable
 
@@ -9,8 +9,9 @@ import numpy as np
 
 from pixelclip.errors import DataError
 from pixelclip.heads import png_head
-from pixelclip.images import Photo, read_indices
+from pixelclip.images import read_indices
 from pixelclip.masks.coco import open_coco
+from pixelclip.masks.details import without_counts
 from pixelclip.masks.names import SharedNames, shared_files, shared_names
 from pixelclip.masks.records import (
     MAX_ANNOTATIONS,
@@ -25,6 +26,7 @@ from pixelclip.masks.records import (
 )
 from pixelclip.masks.runs import PhotoMasks, from_labels
 from pixelclip.masks.store import MANIFEST, MaskStore
+from pixelclip.photos import Photo
 
 MAX_PHOTO_BYTES = 2**24  # of the annotations of one photo; SA-1B's have about 0.5 MB
 MAX_LOOKED_UP = 1000
@@ -56,13 +58,26 @@ class KnowsPhotos(Protocol):
         ...
 
 
-def open_masks(path: Path | None = None, photos: Sequence[Photo] = ()) -> MaskReader:
+@runtime_checkable
+class KnowsDetails(Protocol):
+    """A reader that can tell more of masks than their pixels."""
+
+    def with_details(self, photo: Photo, size: Size) -> PhotoMasks | None:
+        """The masks, as the reader gives them, with `details` and `document` where it has any."""
+        ...
+
+
+def open_masks(
+    path: Path | None = None, photos: Sequence[Photo] = (), *, details: bool = False
+) -> MaskReader:
     """The reader of masks in a file or folder; without one, of the JSON beside each photo.
 
     Args:
         path: of the file or folder.
         photos: all that masks will be asked for. A name that several of them share is then
             nobody's, and the kind of a folder is told by their names, whatever else lies there.
+        details: keep those of a COCO instances file, for `with_details`; they take a quarter more
+            memory. Other readers look them up.
 
     Raises:
         DataError: there is nothing, or nothing known, at that path.
@@ -70,7 +85,7 @@ def open_masks(path: Path | None = None, photos: Sequence[Photo] = ()) -> MaskRe
     if path is None:
         return PhotoJson(None, shared_files(photos))
     if path.is_file():
-        return open_coco(path, photos)
+        return open_coco(path, photos, details=details)
     if not path.is_dir():
         raise DataError(f"no masks at {path}: no such file or folder; accepted: {KINDS}")
     if (path / MANIFEST).is_file():
@@ -173,6 +188,15 @@ class PhotoJson:
 
     def __call__(self, photo: Photo, size: Size) -> PhotoMasks | None:
         """The masks of a photo of this height and width; None without a file."""
+        masks = self._read(photo, size)
+        return None if masks is None else replace(masks, details=None, document=None)
+
+    def with_details(self, photo: Photo, size: Size) -> PhotoMasks | None:
+        """The same with all that the file says."""
+        masks = self._read(photo, size)
+        return None if masks is None else without_counts(masks)
+
+    def _read(self, photo: Photo, size: Size) -> PhotoMasks | None:
         path = PhotoFiles(self.folder, self.shared, ".json").find(photo)
         if path is None:
             return None
@@ -183,7 +207,9 @@ class PhotoJson:
             _check_name(image.get("file_name"), photo, path)
             check_size(frame(image) or size, size, path)
         segmentations = [annotation.get("segmentation") for annotation in annotations]
-        return masks_of(segmentations, [quality(a) for a in annotations], size, path)
+        scores = [quality(annotation) for annotation in annotations]
+        masks = masks_of(segmentations, scores, size, path, details=annotations)
+        return replace(masks, document={**document, "annotations": None})
 
 
 @dataclass(frozen=True)

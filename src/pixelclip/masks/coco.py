@@ -12,7 +12,7 @@ from jaxtyping import Int32
 
 from pixelclip.errors import DataError
 from pixelclip.heads import png_head
-from pixelclip.images import Photo, read_png
+from pixelclip.images import read_png
 from pixelclip.masks.names import SharedNames, shared_names
 from pixelclip.masks.records import (
     Size,
@@ -26,8 +26,11 @@ from pixelclip.masks.records import (
     records,
 )
 from pixelclip.masks.runs import PhotoMasks, from_labels
+from pixelclip.photos import Photo
 
 MAX_COCO_BYTES = 2**29  # the largest of COCO, the instances of train2017, has 470 MB
+
+ELSEWHERE = {"segmentation", "image_id"}  # fields that the masks and their photo say already
 
 
 class InstanceEntry(NamedTuple):
@@ -37,11 +40,13 @@ class InstanceEntry(NamedTuple):
         size: height and width, if it gives them.
         segmentations: as JSON: parsed numbers take several times the memory, in every worker.
         scores: quality of each mask.
+        details: the other fields of each annotation, likewise as JSON; none: they were not kept.
     """
 
     size: Size | None
     segmentations: bytes
     scores: list[float]
+    details: bytes = b""
 
 
 Entry = TypeVar("Entry")
@@ -95,11 +100,20 @@ class CocoInstances:
     def __call__(self, photo: Photo, size: Size) -> PhotoMasks | None:
         """The masks of a photo of this height and width; None if the file does not name it."""
         entry = self.named.find(photo)
-        if entry is None:
-            return None
+        return None if entry is None else self._masks(entry._replace(details=b""), size)
+
+    def with_details(self, photo: Photo, size: Size) -> PhotoMasks | None:
+        """The same with the other fields of the annotations, if they were kept."""
+        entry = self.named.find(photo)
+        return None if entry is None else self._masks(entry, size)
+
+    def _masks(self, entry: InstanceEntry, size: Size) -> PhotoMasks:
         check_size(entry.size or size, size, self.path)
         segmentations = cast(list[object], parse_json(entry.segmentations, self.path))
-        return masks_of(segmentations, entry.scores, size, self.path)
+        details = cast(
+            list[dict[str, object]] | None, parse_json(entry.details or b"null", self.path)
+        )
+        return masks_of(segmentations, entry.scores, size, self.path, details=details)
 
 
 @dataclass(frozen=True)
@@ -142,8 +156,15 @@ class CocoPanoptic:
         return path
 
 
-def open_coco(path: Path, photos: Sequence[Photo] = ()) -> CocoInstances | CocoPanoptic:
+def open_coco(
+    path: Path, photos: Sequence[Photo] = (), *, details: bool = False
+) -> CocoInstances | CocoPanoptic:
     """The reader of a COCO annotation file for these photos.
+
+    Args:
+        path: of the file.
+        photos: all that masks will be asked for.
+        details: keep the other fields of instances for `with_details`.
 
     Raises:
         DataError: it is none, or gives one identity to several photos.
@@ -163,7 +184,7 @@ def open_coco(path: Path, photos: Sequence[Photo] = ()) -> CocoInstances | CocoP
             if own and isinstance(file := own[0].get("file_name"), str)
         }
         return CocoPanoptic(path, _named(files, shared))
-    entries = {name: _entry(image, own, path) for name, (image, own) in named.items()}
+    entries = {name: _entry(image, own, path, details) for name, (image, own) in named.items()}
     return CocoInstances(path, _named(entries, shared))
 
 
@@ -205,14 +226,26 @@ def _key(identity: object) -> int | str | None:
 
 
 def _entry(
-    image: dict[str, object], annotations: list[dict[str, object]], path: Path
+    image: dict[str, object], annotations: list[dict[str, object]], path: Path, details: bool
 ) -> InstanceEntry:
     segmentations = [annotation.get("segmentation") for annotation in annotations]
+    others = [
+        {key: value for key, value in annotation.items() if key not in ELSEWHERE}
+        for annotation in annotations
+    ]
+    return InstanceEntry(
+        size=frame(image),
+        segmentations=_json(segmentations, path),
+        scores=[quality(annotation) for annotation in annotations],
+        details=_json(others, path) if details else b"",
+    )
+
+
+def _json(values: object, path: Path) -> bytes:
     try:
-        text = json.dumps(segmentations, separators=(",", ":")).encode()
+        return json.dumps(values, separators=(",", ":")).encode()
     except RecursionError as error:  # the encoder may reach less deep than the parser did
         raise DataError(f"{path} is nested too deeply") from error
-    return InstanceEntry(frame(image), text, [quality(annotation) for annotation in annotations])
 
 
 def _read_segments(path: Path, size: Size) -> Int32[np.ndarray, "H W"]:

@@ -1,162 +1,220 @@
 """Make the masks of many photos; a killed run goes on where it stopped."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
-from importlib.metadata import version
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from pydantic import BaseModel
 
-from pixelclip.errors import DataError
-from pixelclip.images import MAX_PIXELS, Photo, check_writable, read_photo, read_size
+from pixelclip.errors import ConfigError, DataError
+from pixelclip.images import MAX_PIXELS, check_writable, read_photo, read_size
+from pixelclip.jobs.run import Crew, Summary, run
+from pixelclip.jobs.work import Do, Outcome, Piece
+from pixelclip.masks.annotations import MaskReader
 from pixelclip.masks.names import photo_name
+from pixelclip.masks.rounds import claim
 from pixelclip.masks.runs import PhotoMasks
-from pixelclip.masks.store import (
-    MANIFEST,
-    Row,
-    make_row,
-    read_manifest,
-    shard_path,
-    shard_photos,
-    write_manifest,
-    write_shard,
-)
-from pixelclip.progress import progress_bar
-from pixelclip.workers import check_not_importing, end_with_parent
+from pixelclip.masks.sources import MASK_SOURCES, MaskSource
+from pixelclip.masks.store import Row, make_row, shard_failures, shard_path, write_shard
+from pixelclip.photos import Photo, at_hand
 
-PACKAGES = ("pixelclip", "numpy", "pillow", "scikit-image", "pyarrow")
-
-MaskSource = Callable[[UInt8[np.ndarray, "H W 3"]], PhotoMasks]
-Failure = tuple[Path, str]
+Made = Row | str  # the masks of a photo, or why there are none
 
 
-def generate(  # noqa: PLR0913 - a job and its limits; each is said once, by name
+@runtime_checkable
+class Maker(Protocol):
+    """How masks are come by; goes to worker processes as it is and is started once in each."""
+
+    def start(self) -> Callable[[Sequence[Photo]], Iterator[Made]]:
+        """A function from photos to their rows, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class FromPixels:
+    """Masks that a source makes of the photo itself.
+
+    Attributes:
+        source: its name in `MASK_SOURCES`.
+        settings: of the source.
+        device: auto, cpu, cuda, cuda:N or mps.
+        max_pixels: photos with more pixels get no masks.
+    """
+
+    source: str
+    settings: BaseModel
+    device: str = "auto"
+    max_pixels: int = MAX_PIXELS
+
+    def start(self) -> Callable[[Sequence[Photo]], Iterator[Made]]:
+        """Set the source up."""
+        source = MASK_SOURCES[self.source]().make(self.settings, self.device)
+
+        def make(photos: Sequence[Photo]) -> Iterator[Made]:
+            for at in range(0, len(photos), source.batch_size):
+                yield from _make(source, photos[at : at + source.batch_size], self.max_pixels)
+
+        return make
+
+
+@dataclass(frozen=True)
+class FromAnnotations:
+    """Masks that others have made.
+
+    Attributes:
+        reader: of the annotations.
+        max_pixels: photos with more pixels get no masks.
+    """
+
+    reader: MaskReader
+    max_pixels: int = MAX_PIXELS
+
+    def start(self) -> Callable[[Sequence[Photo]], Iterator[Made]]:
+        """Nothing is set up."""
+        return lambda photos: map(self._read, photos)
+
+    def _read(self, photo: Photo) -> Made:
+        try:
+            with at_hand(photo) as local:
+                width, height = read_size(local.path, self.max_pixels)
+            read = getattr(self.reader, "with_details", self.reader)
+            masks = read(photo, (height, width))
+            if masks is None:
+                return f"{photo.shown} has no masks there"
+            return make_row(photo_name(photo), masks)
+        except DataError as error:
+            return str(error)
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """What makes masks, and what a manifest says of it.
+
+    Attributes:
+        maker: of the masks.
+        source: its name.
+        settings: all that decides what it makes.
+    """
+
+    maker: Maker
+    source: str
+    settings: Mapping[str, object]
+
+
+def generate(
     photos: Sequence[Photo],
     out: Path,
+    made_by: MadeBy,
     *,
-    source: MaskSource,
-    name: str,
-    settings: dict[str, object],
-    workers: int = 1,
+    crew: Crew = Crew(),  # noqa: B008 - it cannot be changed
+    shard_size: int | None = None,
+    retry: bool = False,
     quiet: bool = False,
-    shard_size: int = 256,
-    max_pixels: int = MAX_PIXELS,
-) -> list[Failure]:
+) -> Summary:
     """Write a mask store; shards that are there already are kept.
+
+    Photos that were not there when the store was begun are a further round, whose shards follow.
 
     Args:
         photos: their order does not matter.
         out: folder of the store.
-        source: makes the masks of an upright photo; goes to the worker processes.
-        name: of the source, for the manifest.
-        settings: of the source, for the manifest: all that decides what it makes.
-        workers: processes; the store is the same whatever their number.
+        made_by: what makes the masks.
+        crew: who does it; the store is the same whoever does.
+        shard_size: photos per shard, what a killed worker loses at most; by the number of photos
+            if it is not given.
+        retry: make the shards anew in which photos have failed.
         quiet: show no progress.
-        shard_size: photos per shard; what a killed run loses at most.
-        max_pixels: photos with more pixels get no masks.
 
     Returns:
-        The photos that have no masks, each with one line that says why.
+        How many photos got masks, and those that have none, each with one line that says why.
 
     Raises:
-        ConfigError: a worker process of the caller has got here as it was started.
-        DataError: the folder cannot be written, or holds a store of other photos or settings.
+        ConfigError: the shard size is wrong, or a worker process of the caller has got here as it
+            was started.
+        DataError: the folder cannot be written, or holds a store of other settings, or one that
+            was not finished, of other photos.
+        MissingExtra: Ray is not installed.
     """
-    check_not_importing()
+    if shard_size is not None and shard_size < 1:
+        raise ConfigError(f"shards of {shard_size} photos; at least 1 is needed")
     photos = sorted(photos, key=photo_name)
     check_writable(out)
-    _claim(out, _job(photos, name, settings, shard_size))
-    shards = [photos[at : at + shard_size] for at in range(0, len(photos), shard_size)]
-    failures = []
-    with progress_bar(quiet=quiet) as bar, _mapper(workers) as run:
-        task = bar.add_task("making masks", total=len(photos))
-        for index, shard in enumerate(shards):
-            if shard_path(out, index).exists():
-                failures += _left_out(shard_path(out, index), shard)
-                bar.advance(task, len(shard))
-                continue
-            rows = []
-            results = run(partial(_row, source, max_pixels), shard)
-            for photo, made in zip(shard, results, strict=True):
+    source, settings = made_by.source, made_by.settings
+    pieces = claim(out, photos, source=source, settings=settings, shard_size=shard_size)
+    work = MaskWork(out, made_by.maker, retry)
+    return run(work, pieces, crew, what="making masks", quiet=quiet)
+
+
+@dataclass(frozen=True)
+class MaskWork:
+    """Pieces become shards.
+
+    Attributes:
+        out: folder of the store.
+        maker: of the masks.
+        retry: make shards with failures anew.
+    """
+
+    out: Path
+    maker: Maker
+    retry: bool = False
+
+    def start(self) -> Do:
+        """A function that writes the shard of a piece; the maker is started when it is needed."""
+        make: Callable[[Sequence[Photo]], Iterator[Made]] | None = None
+
+        def do(piece: Piece) -> Iterator[Outcome]:
+            nonlocal make
+            path = shard_path(self.out, piece.number)
+            if path.exists() and not (self.retry and shard_failures(path)):
+                yield from _kept(path, piece)
+                return
+            make = make or self.maker.start()
+            rows, failures = [], []
+            for photo, made in zip(piece.photos, make(piece.photos), strict=True):
                 if isinstance(made, Row):
                     rows.append(made)
                 else:
-                    failures.append((photo.path, made))
-                bar.advance(task)
-            write_shard(out, index, rows)
-    return failures
+                    failures.append((photo_name(photo), made))
+                yield Outcome(photo, made if isinstance(made, str) else "")
+            write_shard(self.out, piece.number, rows, failures)
+
+        return do
 
 
-def _job(
-    photos: Sequence[Photo], name: str, settings: dict[str, object], shard_size: int
-) -> dict[str, object]:
-    """What decides the content of every shard."""
-    names = json.dumps([photo_name(photo) for photo in photos])
-    return {
-        "source": name,
-        "settings": settings,
-        "photos": len(photos),
-        "photos_sha256": hashlib.sha256(names.encode()).hexdigest(),
-        "shard_size": shard_size,
-    }
+def _kept(path: Path, piece: Piece) -> Iterator[Outcome]:
+    """What became of the photos of a finished shard."""
+    lines = dict(shard_failures(path))
+    for photo in piece.photos:
+        yield Outcome(photo, lines.get(photo_name(photo), ""), is_new=False)
 
 
-def _claim(out: Path, job: dict[str, object]) -> None:
-    """Write the manifest, or make sure that the one there is of the same job."""
-    if not (out / MANIFEST).exists():
-        versions = {package: version(package) for package in PACKAGES}
-        write_manifest(out, {**job, "versions": versions})
-        return
-    there = read_manifest(out)
-    for key, value in json.loads(json.dumps(job)).items():  # as it is read: no tuples
-        if there.get(key) != value:
-            raise DataError(
-                f"{out} holds masks with other {key} ({there.get(key)!r}, now {value!r});"
-                " choose another folder"
-            )
+def _make(source: MaskSource, photos: Sequence[Photo], max_pixels: int) -> list[Made]:
+    """The rows of photos that are given to a source at once."""
+    made: dict[int, Made] = {}
+    images = {}
+    for index, photo in enumerate(photos):
+        try:
+            with at_hand(photo) as local:
+                images[index] = np.asarray(read_photo(local.path, max_pixels))
+        except DataError as error:
+            made[index] = str(error)
+    for index, masks in zip(images, _masks(source, list(images.values())), strict=True):
+        made[index] = (
+            f"{photos[index].shown}: {masks}"
+            if isinstance(masks, str)
+            else make_row(photo_name(photos[index]), masks)
+        )
+    return [made[index] for index in range(len(photos))]
 
 
-def _left_out(path: Path, shard: Sequence[Photo]) -> list[Failure]:
-    """The photos that a finished shard should have and has not."""
-    done = set(shard_photos(path))
-    missing = (photo for photo in shard if photo_name(photo) not in done)
-    return [(photo.path, "failed in an earlier run") for photo in missing]
-
-
-def _row(source: MaskSource, max_pixels: int, photo: Photo) -> Row | str:
-    """The masks of a photo, or why there are none."""
+def _masks(source: MaskSource, images: list[np.ndarray]) -> list[PhotoMasks | str]:
+    """The masks of each image; if there are none of one, that does not touch the others."""
     try:
-        read_size(photo.path, max_pixels)
-        pixels = np.asarray(read_photo(photo.path, max_pixels))
-        return make_row(photo_name(photo), source(pixels))
+        return list(source(images)) if images else []
     except DataError as error:
-        return str(error)
-
-
-@contextmanager
-def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Row | str]]]:
-    """`map`, in this process or over several; results come in order."""
-    if workers == 1:
-        yield map
-        return
-    try:
-        # Spawned: a fork would inherit the locks of threads that a caller has started.
-        with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
-            try:
-                yield pool.map
-            except BrokenProcessPool:
-                for process in list(pool._processes.values()):
-                    process.kill()  # the pool asks them to end, and they do not listen
-                raise
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died, perhaps for want of memory; start again with fewer workers,"
-            " finished shards are kept"
-        ) from error
+        if len(images) == 1:
+            return [str(error)]
+        return [masks for image in images for masks in _masks(source, [image])]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from urllib.parse import quote_from_bytes
 
-from pixelclip.images import Photo
+from pixelclip.photos import Photo
 
 
 def relative_path(photo: Photo) -> Path:

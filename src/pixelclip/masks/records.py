@@ -113,14 +113,19 @@ def quality(record: dict[str, object]) -> float:
 
 
 def masks_of(
-    segmentations: Sequence[object], scores: Sequence[float], size: Size, path: Path
+    segmentations: Sequence[object],
+    scores: Sequence[float],
+    size: Size,
+    path: Path,
+    *,
+    details: Sequence[dict[str, object]] | None = None,
 ) -> PhotoMasks:
     """The masks of COCO's segmentations of one photo.
 
     Raises:
         DataError: there are some, but all of them are damaged.
     """
-    masks = from_coco(*size, segmentations, scores)
+    masks = from_coco(*size, segmentations, scores, details)
     if masks.broken and not masks.count:
         raise DataError(f"{path}: none of the {masks.broken} masks can be read")
     return masks

@@ -4,11 +4,12 @@ Nothing given is taken for granted: what is damaged is told apart, in time and m
 with the size of the photo and of the text only.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from hotcoco import mask as codec
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 
 MAX_GROUPS = 7  # of 5 bits; a difference of two counts has 33
 
@@ -164,3 +165,15 @@ def drawing_cost(ring: list[float]) -> float:
 def draw(rings: list[list[float]], height: int, width: int) -> bytes:
     """The text of the union of rings."""
     return codec.merge(codec.frPyObjects(rings, height, width))["counts"]
+
+
+def overlaps(
+    masks: Sequence[bytes], others: Sequence[bytes], height: int, width: int
+) -> Float64[np.ndarray, "M N"]:
+    """Intersection over union of every mask with every other, whole pixels counted."""
+    if not masks or not others:
+        return np.zeros((len(masks), len(others)))
+    size = [height, width]
+    left = [{"size": size, "counts": text} for text in masks]
+    right = [{"size": size, "counts": text} for text in others]
+    return np.asarray(codec.iou(left, right, [False] * len(right)))

@@ -31,6 +31,11 @@ class PhotoMasks:
         count: number of masks M.
         scores: quality per mask, in [0, 1]; 1 where it is unknown.
         broken: annotations left out because they are damaged or beyond the limits.
+        details: what else is known of each mask, in SA-1B's fields (`stability_score`,
+            `point_coords`, `crop_box`, ...) as JSON has it; None: nothing. A mask read from such
+            a file has its whole record, in which `counts` is null if it is what `to_rle` gives.
+        document: what else the photo's file in SA-1B's layout has, `annotations` being null in
+            its place; None: there was no such file.
     """
 
     height: int
@@ -41,11 +46,28 @@ class PhotoMasks:
     count: int
     scores: Float32[np.ndarray, " M"]
     broken: int = 0
+    details: tuple[dict[str, object], ...] | None = None
+    document: dict[str, object] | None = None
 
     def areas(self) -> Int64[np.ndarray, " M"]:
         """Pixels of each mask."""
         lengths = self.ends - self.starts
         return np.bincount(self.owners, lengths, self.count).astype(np.int64)  # exact below 2^53
+
+    def boxes(self) -> Int64[np.ndarray, "M 4"]:
+        """Left, top, width and height of each mask, as COCO counts them; zeros if it is empty."""
+        left, top = self.starts // self.height, self.starts % self.height
+        right, bottom = (self.ends - 1) // self.height, (self.ends - 1) % self.height
+        is_long = right > left  # reaches the last row and begins anew in the first
+        edges = np.zeros((self.count, 4), dtype=np.int64)
+        edges[:, :2] = MAX_FRAME_PIXELS
+        np.minimum.at(edges[:, 0], self.owners, left)
+        np.minimum.at(edges[:, 1], self.owners, np.where(is_long, 0, top))
+        np.maximum.at(edges[:, 2], self.owners, right + 1)
+        np.maximum.at(edges[:, 3], self.owners, np.where(is_long, self.height, bottom + 1))
+        edges[edges[:, 2] == 0] = 0
+        edges[:, 2:] -= edges[:, :2]
+        return edges
 
     def select(self, keep: Bool[np.ndarray, " M"] | Int64[np.ndarray, " m"]) -> "PhotoMasks":
         """The masks that are true in `keep`, or those of these indices, in their order."""
@@ -55,15 +77,14 @@ class PhotoMasks:
         lengths, firsts = lengths[indices], firsts[indices]
         owners = np.repeat(np.arange(len(indices)), lengths)
         runs = np.arange(len(owners)) + (firsts - np.cumsum(lengths) + lengths)[owners]
-        return PhotoMasks(
-            height=self.height,
-            width=self.width,
+        return replace(
+            self,
             starts=self.starts[runs],
             ends=self.ends[runs],
             owners=owners,
             count=len(indices),
             scores=self.scores[indices],
-            broken=self.broken,
+            details=None if self.details is None else tuple(self.details[i] for i in indices),
         )
 
     def largest(self, limit: int) -> "PhotoMasks":
@@ -142,6 +163,7 @@ def from_rle(
     width: int,
     segmentations: Sequence[object],
     scores: Sequence[float] | None = None,
+    details: Sequence[dict[str, object]] | None = None,
 ) -> PhotoMasks:
     """The masks of COCO's run-length codes; what is no such code is left out and counted.
 
@@ -151,6 +173,7 @@ def from_rle(
         segmentations: `{"size": [height, width], "counts": ...}` with compressed counts (text or
             bytes) or a list of them, or bare compressed counts.
         scores: quality of each, brought to [0, 1].
+        details: what else is known of each.
 
     Raises:
         DataError: a photo cannot have that height and width.
@@ -177,6 +200,7 @@ def from_rle(
         count=len(kept),
         scores=np.nan_to_num(quality[kept], nan=1.0).clip(0, 1).astype(np.float32),
         broken=len(segmentations) - len(kept),
+        details=None if details is None else tuple(details[i] for i in kept),
     )
 
 
@@ -195,6 +219,7 @@ def from_coco(
     width: int,
     segmentations: Sequence[object],
     scores: Sequence[float] | None = None,
+    details: Sequence[dict[str, object]] | None = None,
 ) -> PhotoMasks:
     """The masks of COCO's segmentations: polygons, drawn as COCO draws them, or run-length codes.
 
@@ -204,6 +229,7 @@ def from_coco(
         segmentations: those of `from_rle`, or a list of rings `[x0, y0, x1, y1, ...]` whose union
             is the mask. What is damaged is left out and counted.
         scores: quality of each, brought to [0, 1].
+        details: what else is known of each.
 
     Raises:
         DataError: a photo cannot have that height and width.
@@ -220,7 +246,7 @@ def from_coco(
         if rings and drawn + cost <= MAX_OUTLINE * (height + width):
             drawn += cost
             codes[index] = rle.draw(rings, height, width)
-    return from_rle(height, width, codes, scores)
+    return from_rle(height, width, codes, scores, details)
 
 
 def from_labels(labels: Integer[np.ndarray, "H W"], *, ignore: Collection[int] = ()) -> PhotoMasks:

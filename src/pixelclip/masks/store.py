@@ -1,25 +1,31 @@
 """Mask stores: the masks of many photos in a folder of Parquet shards (docs/formats.md)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixelclip.errors import DataError
+from pixelclip.errors import DataError, visible
 from pixelclip.files import replacing
-from pixelclip.images import Photo, write_bytes
+from pixelclip.images import write_bytes
+from pixelclip.masks.details import details_text, parse_details
 from pixelclip.masks.names import photo_name
-from pixelclip.masks.records import Size, check_size, masks_of, read_json
+from pixelclip.masks.records import Size, check_size, masks_of, parse_json, read_json
 from pixelclip.masks.runs import PhotoMasks
+from pixelclip.photos import Photo
 
-FORMAT, VERSION = "pixelclip-masks", 1
+FORMAT, VERSION = "pixelclip-masks", 2
 MANIFEST = "masks.json"
 MAX_MANIFEST_BYTES = 2**20
-MAX_GROUP_BYTES = 2**30
-MAX_ROWS, MAX_NAME_BYTES = 10**6, 2**28  # of a shard
+MAX_GROUP_BYTES = 2**27
+MAX_ROWS, MAX_NAME_BYTES = 10**6, 2**27  # of a shard
+FAILURES = b"pixelclip-failures"
+MAX_FAILURE_BYTES, MAX_LINE = 2**26, 1000  # of all failures of a shard; characters of one
 ROW_GROUP = 4  # photos; to look one up, this many are read
 
 
@@ -35,8 +41,10 @@ SCHEMA = pa.schema(
         pa.field("counts", _list_of(pa.binary()), nullable=False),
         pa.field("scores", _list_of(pa.float32()), nullable=False),
         pa.field("areas", _list_of(pa.int64()), nullable=False),
+        pa.field("details", pa.string(), nullable=False),
     ]
 )
+MASK_COLUMNS = SCHEMA.names[:-1]  # training has no use for the details
 
 
 class Row(NamedTuple):
@@ -48,6 +56,7 @@ class Row(NamedTuple):
     counts: list[bytes]
     scores: list[float]
     areas: list[int]
+    details: str = ""
 
 
 class MaskStore:
@@ -88,14 +97,25 @@ class MaskStore:
             DataError: its shard is damaged, or its masks have another size.
         """
         place = self._rows.get(photo_name(photo))
+        return None if place is None else _masks(_read_row(*place, MASK_COLUMNS), *place, size)
+
+    def with_details(self, photo: Photo, size: Size | None = None) -> PhotoMasks | None:
+        """The same with what else is known of the masks, which takes longer.
+
+        Args:
+            photo: to look up.
+            size: height and width that it must have; None: any.
+
+        Raises:
+            DataError: as above, or the details are damaged.
+        """
+        place = self._rows.get(photo_name(photo))
         if place is None:
             return None
-        path, row = place
-        stored = _read_row(path, row)
-        check_size((stored.height, stored.width), size, path)
-        if len(stored.counts) != len(stored.scores):
-            raise DataError(f"{path} is damaged: row {row} has not one score per mask")
-        return masks_of(stored.counts, stored.scores, size, path)
+        stored = _read_row(*place, SCHEMA.names)
+        known = parse_details(stored.details, len(stored.counts), place[0])
+        size = size or (stored.height, stored.width)
+        return replace(_masks(stored, *place, size, known.masks), document=known.document)
 
 
 def read_manifest(folder: Path) -> dict[str, object]:
@@ -107,6 +127,8 @@ def read_manifest(folder: Path) -> dict[str, object]:
     path = folder / MANIFEST
     manifest = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        if manifest.get("format") == FORMAT and manifest.get("version") == 1:
+            raise DataError(f"{folder} was made by an earlier version of pixelclip; make it again")
         raise DataError(f"{path} is not the manifest of a mask store of version {VERSION}")
     return manifest
 
@@ -136,11 +158,20 @@ def make_row(name: str, masks: PhotoMasks) -> Row:
         counts=masks.to_rle(),
         scores=masks.scores.tolist(),
         areas=masks.areas().tolist(),
+        details=details_text(masks),
     )
 
 
-def write_shard(folder: Path, index: int, rows: Sequence[Row]) -> None:
-    """Write the masks of photos as one shard.
+def write_shard(
+    folder: Path, index: int, rows: Sequence[Row], failures: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Write the masks of photos as one shard; its bytes depend on nothing else.
+
+    Args:
+        folder: of the store.
+        index: of the shard.
+        rows: one per photo.
+        failures: names of photos that have no masks, each with one line that says why.
 
     Raises:
         DataError: the folder cannot be written.
@@ -148,17 +179,23 @@ def write_shard(folder: Path, index: int, rows: Sequence[Row]) -> None:
     table = pa.Table.from_pylist([row._asdict() for row in rows], SCHEMA)
     path = shard_path(folder, index)
     try:
-        with replacing(path) as part:
-            pq.write_table(
-                table,
-                part,
-                row_group_size=ROW_GROUP,
-                compression="zstd",
-                use_dictionary=False,  # no mask occurs twice
-                write_page_checksum=True,
-            )
+        with replacing(path) as part, _writer(part) as writer:
+            writer.write_table(table, row_group_size=ROW_GROUP)
+            if failures:
+                lines = [(name, why[:MAX_LINE]) for name, why in failures]
+                writer.add_key_value_metadata({FAILURES: json.dumps(lines).encode()})
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        path,
+        SCHEMA,
+        compression="zstd",
+        use_dictionary=False,  # no mask occurs twice
+        write_page_checksum=True,
+    )
 
 
 def shard_photos(path: Path) -> list[str]:
@@ -167,45 +204,74 @@ def shard_photos(path: Path) -> list[str]:
     Raises:
         DataError: the shard is damaged.
     """
-    try:
-        with _open(path) as shard:
-            groups = map(shard.metadata.row_group, range(shard.num_row_groups))
-            size = sum(group.column(0).total_uncompressed_size for group in groups)
-            if shard.metadata.num_rows > MAX_ROWS or size > MAX_NAME_BYTES:
-                raise DataError(
-                    f"{path} is damaged or too large: {shard.metadata.num_rows} photos with names"
-                    f" of {size} bytes; the limits are {MAX_ROWS} and {MAX_NAME_BYTES}"
-                )
-            return shard.read(["photo"], use_threads=False)["photo"].to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+    with _reading(path) as shard:
+        groups = map(shard.metadata.row_group, range(shard.num_row_groups))
+        size = sum(group.column(0).total_uncompressed_size for group in groups)
+        if shard.metadata.num_rows > MAX_ROWS or size > MAX_NAME_BYTES:
+            raise DataError(
+                f"{path} is damaged or too large: {shard.metadata.num_rows} photos with names"
+                f" of {size} bytes; the limits are {MAX_ROWS} and {MAX_NAME_BYTES}"
+            )
+        names: list[str] = shard.read(["photo"], use_threads=False)["photo"].to_pylist()
+        return names
 
 
-def _read_row(path: Path, row: int) -> Row:
-    """A row of a shard, read with the few others of its group."""
-    try:
-        with _open(path) as shard:
-            for group in range(shard.num_row_groups):
-                metadata = shard.metadata.row_group(group)
-                if row >= metadata.num_rows:
-                    row -= metadata.num_rows
-                    continue
-                if metadata.total_byte_size > MAX_GROUP_BYTES:
-                    raise DataError(f"{path} is damaged: row group {group} is too large")
-                table = shard.read_row_group(group, use_threads=False)
-                return Row(**table.slice(row, 1).to_pylist()[0])
-    except (pa.ArrowException, OSError, ValueError, IndexError) as error:
-        raise _damaged(path, error) from error
+def shard_failures(path: Path) -> list[tuple[str, str]]:
+    """The photos of a shard that have no masks: name and why, in one line.
+
+    Raises:
+        DataError: the shard is damaged.
+    """
+    with _reading(path) as shard:
+        text = (shard.metadata.metadata or {}).get(FAILURES, b"[]")
+    if len(text) > MAX_FAILURE_BYTES:
+        raise DataError(f"{path} is damaged: failures of {len(text)} bytes")
+    entries = parse_json(text, path)
+    failures: list[tuple[str, str]] = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        match entry:
+            case [str(name), str(why)]:
+                failures.append((name, visible(why)))
+            case _:
+                raise DataError(f"{path} is damaged: its failures are no names with reasons")
+    return failures
+
+
+def _read_row(path: Path, row: int, columns: list[str]) -> Row:
+    """These columns of a row of a shard, read with the few others of its group."""
+    with _reading(path) as shard:
+        for group in range(shard.num_row_groups):
+            metadata = shard.metadata.row_group(group)
+            if row >= metadata.num_rows:
+                row -= metadata.num_rows
+                continue
+            if metadata.total_byte_size > MAX_GROUP_BYTES:
+                raise DataError(f"{path} is damaged: row group {group} is too large")
+            table = shard.read_row_group(group, columns, use_threads=False)
+            return Row(**table.slice(row, 1).to_pylist()[0])
     raise DataError(f"{path} has changed since the store was opened")
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    """A shard, opened; the checksums of its pages are compared while they are read."""
-    shard = pq.ParquetFile(path, page_checksum_verification=True)
-    if not shard.schema_arrow.equals(SCHEMA):
-        raise DataError(f"{path} is not a shard of a mask store: its columns are others")
-    return shard
+def _masks(
+    stored: Row, path: Path, row: int, size: Size, details: list[dict[str, object]] | None = None
+) -> PhotoMasks:
+    check_size((stored.height, stored.width), size, path)
+    if len(stored.counts) != len(stored.scores):
+        raise DataError(f"{path} is damaged: row {row} has not one score per mask")
+    return masks_of(stored.counts, stored.scores, size, path, details=details)
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is damaged: {' '.join(str(error).split())}")
+@contextmanager
+def _reading(path: Path) -> Iterator[pq.ParquetFile]:
+    """A shard, opened; the checksums of its pages are compared while they are read.
+
+    Raises:
+        DataError: it is no shard, or what the block reads of it is damaged.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
+            if not shard.schema_arrow.equals(SCHEMA):
+                raise DataError(f"{path} is not a shard of a mask store: its columns are others")
+            yield shard
+    except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 
@@ -116,6 +116,18 @@ def make_batch(
         sizes=sizes,
         masks=tuple(grids),
     )
+
+
+def framed(
+    views: UInt8[Tensor, "B 3 H W"], sizes: Int64[Tensor, "B 2"], colour: Float[Tensor, "3 1 1"]
+) -> Float[Tensor, "B 3 H W"]:
+    """Views in [0, 1], the padding outside `sizes` in a colour."""
+    pixels = views.float().div_(255)
+    for view, (height, width) in zip(pixels, sizes.tolist(), strict=True):
+        if (height, width) != view.shape[1:]:
+            view[:, height:] = colour
+            view[:, :, width:] = colour
+    return pixels
 
 
 def _framed(views: Sequence[Tensor], height: int, width: int) -> Tensor:

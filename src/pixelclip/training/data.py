@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.images import Photo, load_photo, read_size, reading, to_rgb
+from pixelclip.images import load_photo, read_size, reading, to_rgb
 from pixelclip.masks.annotations import MaskReader
 from pixelclip.masks.runs import PhotoMasks
+from pixelclip.photos import Photo
 from pixelclip.training.batch import Batch
 from pixelclip.training.colour import distort, vary_colour
 from pixelclip.training.order import global_batches, local_slice
@@ -92,7 +93,7 @@ class TrainPhotos(Dataset[Sample]):
 
     def __init__(self, photos: Sequence[Photo], reader: MaskReader, settings: ViewSettings):
         # One text, as each worker gets a copy: a million objects take 15 s and 1 GB.
-        names = [os.fsencode(path) for photo in photos for path in photo]
+        names = [os.fsencode(path) for photo in photos for path in (photo.path, photo.stem)]
         self._names = b"\0".join(names)
         self._starts = np.cumsum([0, *(len(name) + 1 for name in names)])
         self.reader = reader

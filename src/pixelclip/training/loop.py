@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,15 +28,17 @@ from pixelclip.checkpoint import ModelCard
 from pixelclip.config import TrainConfig
 from pixelclip.device import choose_device, wants_bfloat16
 from pixelclip.errors import DataError
-from pixelclip.files import printable
-from pixelclip.images import Photo, find_photos
+from pixelclip.jobs.run import Crew
 from pixelclip.masks.annotations import MaskReader, count_known, open_masks
-from pixelclip.masks.generate import generate
-from pixelclip.masks.superpixels import SETTINGS, superpixels
+from pixelclip.masks.generate import FromPixels, MadeBy, generate
+from pixelclip.masks.sources import described, source_settings
+from pixelclip.photos import Photo, find_photos
 from pixelclip.progress import Shown
+from pixelclip.training.batch import Batch
 from pixelclip.training.data import LoadedBatch, TrainPhotos, make_loader
+from pixelclip.training.live import LiveMasks, WholePhotos
 from pixelclip.training.model import PixelClip
-from pixelclip.training.order import wider
+from pixelclip.training.order import local_slice, wider
 from pixelclip.training.parameters import make_optimizer
 from pixelclip.training.pictures import ClusterPictures
 from pixelclip.training.report import Report, TrainSummary
@@ -59,6 +62,7 @@ class TrainJob:
     Attributes:
         images: photos and folders of photos.
         masks: mask store, folder or file of annotations; None: superpixels are made first.
+        live: `dino` or `mini`, which makes masks of each view while it is trained on.
         output: run directory; an unfinished run there is resumed.
         model: name, weight file or run directory to start from.
         checkpoint: weights that replace the model's.
@@ -71,6 +75,7 @@ class TrainJob:
     model: str = "mini"
     checkpoint: Path | None = None
     device: str = "auto"
+    live: str | None = None
 
 
 def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> TrainSummary:
@@ -83,12 +88,13 @@ def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> Train
     """
     check_not_importing()
     accelerator = make_accelerator(job.device, config)
-    is_main, device = accelerator.is_main_process, accelerator.device
-    quiet = quiet or not is_main
+    device, ranks = accelerator.device, accelerator.num_processes
+    is_main, quiet = accelerator.is_main_process, quiet or not accelerator.is_main_process
     photos = own_photos(job)
     with torch.random.fork_rng(devices=[]):  # layers draw weights that are then replaced
         backbone = load_backbone(job.model, checkpoint=job.checkpoint, device=str(device))
-        run = RunDir(job.output, _record(job, config, backbone, photos))
+        live = _live_masks(job, config, backbone)
+        run = RunDir(job.output, _record(job, config, backbone, photos, live))
         card = _card(job, config, backbone, len(photos))
         model = PixelClip(backbone, config).to(device)
     optimizer = make_optimizer(model, config)
@@ -100,7 +106,7 @@ def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> Train
     wrapped = accelerator.prepare_model(model)
     report = Report(job.output, config, step, recent, process=accelerator.process_index)
     batches = _batches(photos, reader, config, accelerator, step)
-    pictures = ClusterPictures(photos, reader, view_settings(config), job.output / "pictures")
+    pictures = ClusterPictures(photos, reader, view_settings(config), job.output / "pictures", live)
 
     def save(step: int) -> None:
         state = collect(step, model, optimizer, report.recent, accelerator, run.identity)
@@ -118,15 +124,14 @@ def run_job(job: TrainJob, config: TrainConfig, *, quiet: bool = False) -> Train
                 save(step)
                 break
             waited = time.monotonic() - began
-            parts = [part.to(device) for part in loaded.batch.split(config.micro_batches)]
+            parts = _parts(loaded.batch, live, config, accelerator, step)
             result = train_step(accelerator, wrapped, optimizer, parts, step, stop=stop.is_set())
             step += 1
             report.add(step, result, loaded, seconds=time.monotonic() - began, waited=waited)
             shown.update(step, report.note)
             if is_main and due(config.picture_every, step, config.steps):
                 pictures.draw(model, step)
-            alone = accelerator.num_processes == 1
-            last = step == config.steps or result.stopped or (alone and stop.is_set())
+            last = step == config.steps or result.stopped or (ranks == 1 and stop.is_set())
             if last or step % config.checkpoint_every == 0:
                 save(step)
     if is_main and not (job.output / MODEL).exists():
@@ -163,7 +168,9 @@ def open_data(
     quiet: bool,
 ) -> MaskReader:
     """The masks; the first process claims the run directory and makes masks if need be."""
-    given = None if job.masks is None else open_masks(job.masks, photos)
+    given: MaskReader | None = WholePhotos() if job.live else None
+    if job.masks is not None:
+        given = open_masks(job.masks, photos)
     if given is not None and not count_known(given, photos):
         raise DataError(
             f"none of the photos has masks in {job.masks}; do the masks belong to these photos?"
@@ -179,20 +186,43 @@ def open_data(
 
 def make_masks(job: TrainJob, photos: list[Photo], config: TrainConfig, *, quiet: bool) -> None:
     """Superpixels of all photos, into the run directory; what is there already is kept."""
-    failures = generate(
+    settings = source_settings("superpixels", {})
+    maker = FromPixels("superpixels", settings, max_pixels=config.max_pixels)
+    made = generate(
         photos,
         job.output / "masks",
-        source=superpixels,
-        name="superpixels",
-        settings=dict(SETTINGS),
-        workers=max(1, config.num_workers),
-        max_pixels=config.max_pixels,
+        MadeBy(maker, "superpixels", described(settings)),
+        crew=Crew(workers=max(1, config.num_workers)),
         quiet=quiet,
     )
-    for path, message in failures[:10]:
-        log.info("no masks for %s: %s", printable(path), message)
-    if len(failures) > 10:
-        log.info("and for %d more photos", len(failures) - 10)
+    for photo, message in made.failed[:10]:
+        log.info("no masks for %s: %s", photo.shown, message)
+    if len(made.failed) > 10:
+        log.info("and for %d more photos", len(made.failed) - 10)
+
+
+def _live_masks(job: TrainJob, config: TrainConfig, backbone: Backbone) -> LiveMasks | None:
+    """What makes masks while training, if anything does.
+
+    Raises:
+        ModelError: its model cannot be loaded.
+    """
+    if job.live is None:
+        return None
+    colour = cast(Tensor, backbone.visual.mean)
+    return LiveMasks(job.live, config, colour, str(backbone.device))
+
+
+def _parts(
+    batch: Batch, live: LiveMasks | None, config: TrainConfig, accelerator: Accelerator, step: int
+) -> list[Batch]:
+    """This process's micro-batches of a step, with masks, on the device."""
+    batch = batch.to(accelerator.device)
+    if live is not None:
+        first, ranks = step * config.batch_size, accelerator.num_processes
+        share = local_slice(config.batch_size, accelerator.process_index, ranks)
+        batch = live(batch, range(first, first + config.batch_size)[share])
+    return batch.split(config.micro_batches)
 
 
 def view_settings(config: TrainConfig) -> ViewSettings:
@@ -301,7 +331,11 @@ def _batches(
 
 
 def _record(
-    job: TrainJob, config: TrainConfig, backbone: Backbone, photos: list[Photo]
+    job: TrainJob,
+    config: TrainConfig,
+    backbone: Backbone,
+    photos: list[Photo],
+    live: LiveMasks | None,
 ) -> dict[str, object]:
     """What `run.json` says of a run: all that decides its result, and versions."""
     names = json.dumps([photo.stem.as_posix() for photo in photos])
@@ -309,7 +343,8 @@ def _record(
         "model": job.model,
         "weights": weights_hash(backbone.visual)[:32] + backbone.text_hash[:32],
         "images": [str(path.resolve()) for path in job.images],
-        "masks": None if job.masks is None else str(job.masks.resolve()),
+        "masks": job.live if job.masks is None else str(job.masks.resolve()),
+        **({} if live is None else {"mask_weights": live.weights}),
         "photos": len(photos),
         "photos_sha256": hashlib.sha256(names.encode()).hexdigest(),
         "settings": config.model_dump(mode="json"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pixelclip.backbones import Backbone, Text
 from pixelclip.config import TrainConfig
 from pixelclip.errors import ConfigError
-from pixelclip.training.batch import Batch
+from pixelclip.training.batch import Batch, framed
 from pixelclip.training.clustering import ASSIGNERS, mask_pool, merge, shrink
 from pixelclip.training.decoder import UPSCALE, MaskDecoder, decoded_loss
 from pixelclip.training.parameters import choose_parameters
@@ -206,11 +206,7 @@ class PixelClip(nn.Module):
         self, views: UInt8[Tensor, "B 3 H W"], sizes: Int[Tensor, "B 2"]
     ) -> Float[Tensor, "B 3 S S"]:
         """Views in [0, 1], padding in the mean colour, resized to a square (behaviour.md 9)."""
-        pixels = views.float().div_(255)
-        for view, (height, width) in zip(pixels, sizes.tolist(), strict=True):
-            if (height, width) != view.shape[1:]:
-                view[:, height:] = self.visual.mean
-                view[:, :, width:] = self.visual.mean
+        pixels = framed(views, sizes, cast(Tensor, self.visual.mean))
         size = (self.input_size, self.input_size)
         return F.interpolate(pixels, size, mode="bilinear", align_corners=False)
 

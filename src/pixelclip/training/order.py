@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from pixelclip.errors import DataError
-from pixelclip.images import MAX_PIXELS, Photo, read_size
+from pixelclip.images import MAX_PIXELS, read_size
+from pixelclip.photos import Photo
 
 _THREADS = 8  # reading headers is waiting for the disk
 

@@ -6,16 +6,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
 from pixelclip.errors import DataError
-from pixelclip.images import Photo, png_bytes, write_bytes
+from pixelclip.images import png_bytes, write_bytes
 from pixelclip.masks.annotations import MaskReader
+from pixelclip.masks.pictures import draw_masks, large_to_small, painted, stack
+from pixelclip.masks.runs import from_masks
 from pixelclip.overlay import palette, with_legend
+from pixelclip.photos import Photo
 from pixelclip.training.batch import Batch
 from pixelclip.training.data import load_view
+from pixelclip.training.live import LiveMasks
 from pixelclip.training.model import PixelClip
 from pixelclip.training.prompts import common_words
 from pixelclip.training.views import (
@@ -29,7 +33,6 @@ from pixelclip.vocabulary import encode_classes
 
 NUM_PHOTOS = 4
 TILE = 256
-OPACITY = 0.65
 PROMPTS_AT_ONCE = 256
 NAMED = 20  # largest clusters in the legend
 
@@ -43,10 +46,11 @@ class ClusterPictures:
         reader: MaskReader,
         settings: ViewSettings,
         folder: Path,
+        live: LiveMasks | None = None,
     ):
         chosen = np.linspace(0, len(photos) - 1, min(NUM_PHOTOS, len(photos))).round()
         self.photos = [photos[int(index)] for index in chosen]
-        self.reader, self.settings, self.folder = reader, settings, folder
+        self.reader, self.settings, self.folder, self.live = reader, settings, folder, live
         self.words: tuple[tuple[str, ...], Tensor] | None = None
 
     def draw(self, model: PixelClip, step: int) -> None:
@@ -62,7 +66,10 @@ class ClusterPictures:
         with torch.no_grad():
             vectors = F.normalize(model.vectors(model.text).float(), dim=1)
             device = vectors.device
-            rows = [_row(model, batch.to(device), vectors) for batch in samples]
+            batches = [batch.to(device) for batch in samples]
+            if self.live is not None:
+                batches = [self.live(batch, [number]) for number, batch in enumerate(batches)]
+            rows = [_row(model, batch, vectors) for batch in batches]
             counts = np.bincount(np.concatenate([seen for _, seen in rows]))
             largest = [int(i) for i in np.argsort(-counts, kind="stable")[:NAMED] if counts[i]]
             names = self._names(model, vectors[largest])
@@ -117,21 +124,22 @@ def _row(
 ) -> tuple[UInt8[np.ndarray, "T T4 3"], Int[np.ndarray, " N"]]:
     """Four tiles of a photo, and the prompts of the pixels of the last one."""
     frame = Image.fromarray(batch.weak[0].permute(1, 2, 0).cpu().numpy())
-    photo = np.asarray(frame.resize((TILE, TILE), Image.Resampling.BILINEAR))
+    photo = frame.resize((TILE, TILE), Image.Resampling.BILINEAR)
     pooled = model.pool(batch)
-    clusters = (F.normalize(pooled.features, dim=1) @ vectors.T).argmax(dim=1)
-    order = torch.argsort(pooled.masks.sum(dim=(1, 2)), descending=True)  # small ones on top
-    masks = _tiles(pooled.masks[order])
-    numbers = np.arange(len(masks))
+    clusters = (F.normalize(pooled.features, dim=1) @ vectors.T).argmax(dim=1).cpu().numpy()
+    masks = from_masks(pooled.masks.cpu().numpy())
+    order = large_to_small(masks)
+    top = stack(masks.select(order), photo.size).top
     features = model.visual(model.network_input(batch.weak, batch.sizes)).float()
     labels = _nearest_prompts(F.normalize(features, dim=1), vectors).cpu().numpy()
+    colours = palette(len(vectors))
     tiles = [
         photo,
-        _painted(photo, masks, palette(max(1, len(masks)))[numbers]),
-        _painted(photo, masks, palette(len(vectors))[clusters[order].cpu().numpy()]),
-        _mixed(photo, palette(len(vectors))[labels]),
+        draw_masks(photo, masks),
+        painted(photo, np.append(clusters[order], -1)[top], colours),
+        painted(photo, labels, colours),
     ]
-    return np.concatenate(tiles, axis=1), labels.ravel()
+    return np.concatenate([np.asarray(tile) for tile in tiles], axis=1), labels.ravel()
 
 
 def _nearest_prompts(
@@ -149,27 +157,3 @@ def _nearest_prompts(
         best = torch.where(is_better, values, best)
         labels = torch.where(is_better, indices + first, labels)
     return labels
-
-
-def _tiles(masks: Bool[Tensor, "M m m"]) -> Bool[np.ndarray, "M T T"]:
-    """The masks at the size of a tile."""
-    places = torch.arange(TILE) * masks.shape[-1] // TILE
-    return masks.cpu()[:, places][:, :, places].numpy()
-
-
-def _painted(
-    photo: UInt8[np.ndarray, "T T 3"],
-    masks: Bool[np.ndarray, "M T T"],
-    colours: UInt8[np.ndarray, "M 3"],
-) -> UInt8[np.ndarray, "T T 3"]:
-    """The photo with every mask in its colour; what no mask covers stays."""
-    painted = photo.copy()
-    for mask, colour in zip(masks, colours, strict=True):
-        painted[mask] = colour
-    return _mixed(photo, painted)
-
-
-def _mixed(
-    photo: UInt8[np.ndarray, "T T 3"], colours: UInt8[np.ndarray, "T T 3"]
-) -> UInt8[np.ndarray, "T T 3"]:
-    return (photo * (1 - OPACITY) + colours * OPACITY).round().astype(np.uint8)

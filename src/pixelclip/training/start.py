@@ -6,6 +6,7 @@ from pathlib import Path
 from pixelclip.backbones.sources import resolve
 from pixelclip.config import TrainConfig, train_config
 from pixelclip.errors import ConfigError
+from pixelclip.training.live import live_source
 from pixelclip.training.loop import TrainJob, run_job
 from pixelclip.training.report import TrainSummary
 
@@ -27,8 +28,9 @@ def train(
     Args:
         images: photos or folders of photos.
         output: run directory; `load_backbone(output)` gives the result.
-        masks: mask store, folder of SA-1B JSON or label maps, or COCO JSON file; None: superpixels
-            are made first, in `output`/masks.
+        masks: mask store, folder of SA-1B JSON or label maps, or COCO JSON file; `dino` or `mini`,
+            unless there is such a path: made of each view while it is trained on; None:
+            superpixels are made first, in `output`/masks.
         model: name, weight file or run directory to start from.
         checkpoint: weights that replace the model's.
         recipe: name of a recipe in the package, or a TOML file.
@@ -60,13 +62,15 @@ def make_job(
     paths = [images] if isinstance(images, str | Path) else images
     if Path(model).resolve() == Path(output).resolve():
         raise ConfigError(f"-o {output} is the model to start from; give another run directory")
+    live = live_source(masks)
     return TrainJob(
         images=tuple(Path(path) for path in paths),
-        masks=None if masks is None else Path(masks),
+        masks=None if masks is None or live else Path(masks),
         output=Path(output),
         model=str(Path(model).resolve()) if Path(model).exists() else model,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         device=device,
+        live=live,
     )
 
 
