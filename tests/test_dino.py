@@ -1,6 +1,7 @@
 """Dense features of timm's towers, and what may be wrong with their files."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ def test_a_model_that_is_not_there_is_one_line(name, message):
         ({"model_args": {"depth": 10_000}}, "depth"),
         ({"model_args": {"embed_dim": 25, "num_heads": 2}}, "cannot build"),
         ({"model_args": {"nonsense": 1}}, "cannot build"),
+        ({"model_args": {"checkpoint_path": "x.pth"}}, "must not hold checkpoint_path"),
         ({"model_args": SMALL_VIT | {"depth": 3}}, "does not fit this model: missing blocks.2"),
     ],
 )
@@ -135,6 +137,24 @@ def test_a_strange_description_is_refused(changes, message, tmp_path):
     with pytest.raises(ModelError, match=message) as caught:
         load_dense(str(write_config(tmp_path, **changes)), device="cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"embed_dim": 4096, "num_heads": 2, "depth": 2},  # 1.6 GB
+        {**SMALL_VIT, "img_size": 4096, "patch_size": 1},  # 1.6 GB
+    ],
+)
+def test_sizes_that_a_file_does_not_have_cost_no_memory(sizes, tmp_path):
+    folder = write_config(tmp_path, model_args=sizes)
+    state = load_file(folder / "model.safetensors")
+    state["mask_token"] = torch.zeros(1, 24)  # so that timm is asked to convert
+    save_file(state, folder / "model.safetensors")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match="does not fit this model"):
+        load_dense(str(folder), device="cpu")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 def test_weights_that_are_missing_or_do_not_fit_are_refused(tmp_path):
@@ -148,6 +168,11 @@ def test_weights_that_are_missing_or_do_not_fit_are_refused(tmp_path):
     state["norm.bias"][3] = torch.nan
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"norm\.bias holds values that are no numbers"):
+        load_dense(str(folder), device="cpu")
+    state["norm.bias"][3] = 3e38
+    state["norm.weight"][:] = 3e38
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="its features are no numbers"):
         load_dense(str(folder), device="cpu")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="has no weights"):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,15 @@ def test_threads_do_not_depend_on_the_number_of_workers():
     assert make_crew(63, None, "local", is_light=True)[1:3] == (1, cores())
 
 
+def test_a_cluster_that_does_not_answer_is_told_at_once(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{unused.getsockname()[1]}")
+        with pytest.raises(DataError, match="no Ray cluster answers at RAY_ADDRESS"):
+            run(Note(tmp_path), cut(PHOTOS, 4), Crew("ray", 2), what="noting", quiet=True)
+
+
 ON_RAY = """
 import json, logging, sys
 from pathlib import Path
@@ -120,9 +130,9 @@ for work in {works}:
     try:
         summary = run(work, cut(PHOTOS, 4), Crew("ray", 2), what="noting", quiet=True)
         failed = [[str(photo.path), error] for photo, error in summary.failed]
-        print(json.dumps([*failed, summary.new, summary.kept]))
+        print('answer:', json.dumps([*failed, summary.new, summary.kept]))
     except PixelClipError as error:
-        print(json.dumps(str(error)))
+        print('answer:', json.dumps(str(error)))
 """
 
 
@@ -135,7 +145,8 @@ def on_ray(out, works):
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
-    return [json.loads(line) for line in ran.stdout.splitlines()]
+    answers = (line.partition("answer: ") for line in ran.stdout.splitlines())  # Ray talks, too
+    return [json.loads(text) for _, mark, text in answers if mark]
 
 
 def test_on_ray_the_pieces_of_a_killed_worker_are_done_by_another(tmp_path):

@@ -61,7 +61,7 @@ def test_the_same_bytes_from_any_number_of_workers(run, photos):  # noqa: F811
         run("masks", "photos", "-o", f"m{workers}", "--workers", workers, "--shard-size", "2")
     one, two = ({p.name: p.read_bytes() for p in Path(f"m{n}").iterdir()} for n in (1, 2))
     assert one == two
-    assert len(one) == 4
+    assert len(one) == 5
 
 
 def test_a_broken_photo_is_listed_and_the_others_are_done(run, photos):  # noqa: F811
@@ -74,8 +74,9 @@ def test_a_broken_photo_is_listed_and_the_others_are_done(run, photos):  # noqa:
     assert err.count("failed:") == 1
     Path("only").mkdir()
     Path("only/broken.jpg").write_bytes(b"broken")
-    code, _, err = run("masks", "only", "-o", "none")
+    code, out, err = run("masks", "only", "-o", "none", "--json", "--show")
     assert code == 2
+    assert json.loads(out)["failed"][0]["photo"] == "only/broken.jpg"
     assert "no photo got masks; first: only/broken.jpg is not a photo" in one_line(err)
 
 

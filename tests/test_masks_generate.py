@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -19,6 +22,7 @@ from pixelclip.images import read_photo
 from pixelclip.jobs.run import Crew
 from pixelclip.masks.generate import MadeBy, generate
 from pixelclip.masks.names import photo_name
+from pixelclip.masks.rounds import claim
 from pixelclip.masks.runs import from_labels
 from pixelclip.masks.store import MaskStore, make_row, shard_failures, shard_path
 from pixelclip.photos import Photo, find_photos
@@ -80,7 +84,7 @@ def test_the_number_and_order_of_photos_and_workers_change_no_byte(photos, tmp_p
     make(photos, tmp_path / "one")
     make(photos[::-1], tmp_path / "two", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert len(contents(tmp_path / "one")) == 4  # the manifest and three shards
+    assert len(contents(tmp_path / "one")) == 5  # manifest, names and three shards
 
 
 def test_finished_shards_are_kept_and_missing_ones_made(photos, tmp_path):
@@ -146,7 +150,7 @@ def test_an_ended_run_leaves_whole_files_and_is_taken_up(photos, tmp_path, end, 
 def test_a_worker_that_dies_is_a_clear_error(photos, tmp_path):
     with pytest.raises(DataError, match="a worker process died, perhaps for want of memory"):
         make(photos, tmp_path / "out", function=dying, workers=2)
-    assert list(contents(tmp_path / "out")) == ["masks.json"]
+    assert list(contents(tmp_path / "out")) == ["masks.json", "photos-00000.parquet"]
 
 
 def test_broken_photos_are_reported_and_the_others_made(photos, tmp_path):
@@ -169,7 +173,7 @@ def test_a_photo_that_failed_is_tried_again_on_request(photos, tmp_path):
     make(photos, out)
     photos[3].path.write_bytes(good)
     assert make(photos, out).failed
-    assert make(photos, out, retry=True) == ([], 5, 7)
+    assert make(photos, out, retry=True) == ([], 1, 11)  # the others of the shard are kept
     make(photos, tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -189,6 +193,14 @@ def test_a_store_of_other_settings_is_refused(photos, tmp_path, change, message)
     assert contents(tmp_path / "out") == before
 
 
+def test_a_command_that_came_to_nothing_binds_nobody(photos, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        make(photos, tmp_path / "out", function=lambda image: 1 / 0)
+    assert make(photos[2:], tmp_path / "out", source="other").new == 10
+    make(photos[2:], tmp_path / "whole", source="other")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_new_photos_are_a_further_round(photos, tmp_path):
     out = tmp_path / "out"
     make(photos[:7], out, settings={"range": (1, 2)})  # a tuple becomes a list
@@ -205,18 +217,54 @@ def test_new_photos_are_a_further_round(photos, tmp_path):
     assert make(photos, out, settings={"range": (1, 2)}) == ([], 2, 10)
 
 
-def test_an_unfinished_store_of_other_photos_is_refused(photos, tmp_path):
+def test_an_unfinished_store_goes_on_though_photos_came_and_went(photos, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    make(photos[2:], whole)
+    make(photos[2:], out)
+    shard_path(out, 1).unlink()
+    gone, others = photos[8], [photo for photo in photos if photo != photos[8]]
+    assert make(others, out) == ([], 6, 5)  # four of the lost shard and two that came
+    assert sorted(MaskStore(out).photos()) == sorted(map(photo_name, others))
+    assert make(others, out) == ([], 0, 11)
+    assert make(photos, out) == ([], 1, 11)  # it is back
+    assert shard_path(out, 1).read_bytes() == shard_path(whole, 1).read_bytes()
+    assert len(MaskStore(out)) == 12
+    assert photo_name(gone) in MaskStore(out).photos()
+
+
+def test_masks_of_photos_that_are_gone_outlive_a_retry(photos, tmp_path):
+    good = photos[3].path.read_bytes()
+    photos[3].path.write_bytes(b"no photo")
     make(photos, tmp_path / "out")
-    shard_path(tmp_path / "out", 1).unlink()
-    before = contents(tmp_path / "out")
-    renamed = [Photo(Path("renamed.png"), Path("renamed")), *photos[1:]]
-    for others in (photos[1:], renamed):
-        with pytest.raises(DataError, match="not finished and was begun with other photos: 12"):
-            make(others, tmp_path / "out")
-    assert contents(tmp_path / "out") == before
+    photos[3].path.write_bytes(good)
+    assert make(photos[3:], tmp_path / "out", retry=True) == ([], 1, 8)
+    assert len(MaskStore(tmp_path / "out")) == 12
 
 
-@pytest.mark.parametrize("wrong", [{"photos": 2**80}, {"shard_size": 0}, {"photos": 2**29}])
+def test_jobs_that_begin_at_once_have_shards_of_their_own(photos, tmp_path):
+    def begin(photo):
+        return claim(tmp_path, [photo], source="halves", settings={})
+
+    with ThreadPoolExecutor(len(photos)) as pool:
+        pieces = [piece for begun in pool.map(begin, photos) for piece in begun]
+    assert sorted(piece.number for piece in pieces) == list(range(12))
+    assert {piece.photos for piece in pieces} == {(photo,) for photo in photos}
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", "cut", "other"])
+def test_damaged_names_are_refused(photos, tmp_path, content):
+    make(photos, tmp_path / "out")
+    path = tmp_path / "out/photos-00000.parquet"
+    if content == "other":
+        pq.write_table(pa.table({"photo": ["0.png"] * 12}), path)
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if content == "cut" else content)
+    with pytest.raises(DataError, match=r"photos-00000\.parquet is damaged"):
+        make(photos, tmp_path / "out")
+
+
+@pytest.mark.parametrize("wrong", [{"photos": 2**80}, {"shard_size": 0}, {"photos": 2**29},
+                                   {"first_shard": 1}])  # fmt: skip
 def test_a_hostile_manifest_is_refused(photos, tmp_path, wrong):
     make(photos, tmp_path / "out")
     path = tmp_path / "out/masks.json"

@@ -284,6 +284,16 @@ def test_a_photo_whose_features_are_equal_is_one_mask(dino):
     assert (labels == labels[0, 0, 0]).all()
 
 
+def test_of_too_many_pieces_the_largest_are_kept():
+    labels = np.random.default_rng(0).integers(0, 2, (300, 300))
+    labels[200:] = 5  # noise above, one piece below
+    masks = to_masks(labels, 300, 300, KMeansSettings(components=True))
+    pieces = to_masks(labels[:200], 200, 300, KMeansSettings(components=True))
+    assert masks.count == 4096
+    assert masks.areas().max() == 100 * 300
+    assert masks.broken == pieces.broken + 1 > 1
+
+
 def test_components_are_the_connected_pieces():
     labels = np.array([[0, 0, 1, 1], [2, 2, 1, 0], [2, 2, 0, 1]])
     options = KMeansSettings(components=True)

@@ -35,7 +35,6 @@ from pixelclip.masks.pictures import (
     draw_masks,
     evenly_spaced,
     load_small,
-    mask_picture,
 )
 from pixelclip.masks.runs import PhotoMasks, from_labels, from_masks
 from pixelclip.overlay import palette
@@ -162,16 +161,6 @@ def test_4096_masks_are_drawn_a_few_at_a_time(monkeypatch):
     tracemalloc.stop()
     assert peak < 2**23  # the masks of all pixels are 2^26 bytes
     assert drawn.tobytes() == at_once.tobytes()
-
-
-def test_picture_of_a_photo_is_at_most_so_large_and_never_larger_than_the_photo(tmp_path):
-    large, small = save(tmp_path / "a.jpg", 300, 200), save(tmp_path / "b.png", 30, 20)
-    assert mask_picture(large, Halves(), max_side=150).size == (150, 100)
-    assert mask_picture(small, Halves(), max_side=150).size == (30, 20)
-    with pytest.raises(DataError, match=r"no masks for .*none\.png"):
-        mask_picture(save(tmp_path / "none.png"), Halves())
-    with pytest.raises(DataError, match="too large"):
-        mask_picture(large, Halves(), max_pixels=100)
 
 
 def test_masks_lie_right_on_a_photo_that_exif_turns(tmp_path):

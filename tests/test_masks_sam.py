@@ -109,7 +109,7 @@ def assert_same(ours, theirs):
     for mask, score, details, other in zip(
         pixels(ours), ours.scores, ours.details, theirs, strict=True
     ):
-        assert (mask != other["mask"]).sum() <= 2
+        assert (mask != other["mask"]).sum() <= 1e-3 * mask.size
         assert score == pytest.approx(min(max(other["iou"], 0), 1), abs=1e-4)
         assert details["predicted_iou"] == pytest.approx(other["iou"], abs=1e-3)
         assert details["stability_score"] == pytest.approx(other["stability"], abs=1e-2)
@@ -218,9 +218,7 @@ def test_masks_are_those_of_the_authors_algorithm(family, folders, photo):
     assert_same(make(folders[family], **LOOSE)([photo])[0], theirs)
 
 
-@pytest.mark.parametrize(
-    ("family", "factor", "limit"), [("sam", 2, 0.05), ("sam_hq", 2, 0.05), ("sam2", 1, 0.9)]
-)
+@pytest.mark.parametrize(("family", "factor", "limit"), [("sam", 2, 0.05), ("sam_hq", 2, 0.05)])
 def test_crops_find_the_masks_of_the_authors_algorithm(family, factor, limit, folders, photo):
     settings = {**LOOSE, "crops_n_layers": 1, "crop_nms_thresh": limit}
     settings["crop_n_points_downscale_factor"] = factor
@@ -247,7 +245,7 @@ def test_sam2_is_less_sure_by_default(folders):
 def test_points_per_batch_change_no_mask(family, folders, photo):
     one, many = (make(folders[family], **LOOSE, points_per_batch=n)([photo])[0] for n in (1, 64))
     assert one.count == many.count > 1
-    assert (pixels(one) != pixels(many)).sum(axis=(1, 2)).max() <= 2
+    assert (pixels(one) != pixels(many)).sum(axis=(1, 2)).max() <= 1e-3 * photo[..., 0].size
 
 
 def test_masks_do_not_depend_on_other_photos_nor_on_the_run(folders, photo):
@@ -528,6 +526,14 @@ def huge(folder, target):
     return changed(folder, target, vision_config={"hidden_size": 10**9})
 
 
+def deep(folder, target):
+    return changed(folder, target, vision_config={"num_hidden_layers": 50_000})
+
+
+def wide(folder, target):
+    return changed(folder, target, mask_decoder_config=DECODER | {"mlp_dim": 65_536})
+
+
 def other_shape(folder, target):
     return changed(folder, target, mask_decoder_config=DECODER | {"mlp_dim": 32})
 
@@ -545,7 +551,7 @@ def no_weights(folder, target):
 
 def cut_weights(folder, target):
     weights = changed(folder, target) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    weights.write_bytes(weights.read_bytes()[:-1000])
     return target
 
 
@@ -571,7 +577,9 @@ def no_processor(folder, target):
             "a model of kind clip, which makes no masks of points; kinds that do: edgetam",
         ),
         (no_kind, r"a model of kind \['sam'\], which makes no masks"),
-        (huge, "has the number 1000000000; no model is so large"),
+        (huge, "has hidden_size 1000000000; no model is so large"),
+        (deep, "has num_hidden_layers 50000; no model is so large"),
+        (wide, "^/[^ ]* has weights of .* bytes, its model has .* numbers"),
         (other_shape, r"has weights of another size: mask_decoder\.transformer\."),
         (other_size, "its processor makes pictures of 64 pixels, its network takes 128"),
         (no_weights, "cannot load .* no file named model.safetensors"),

@@ -18,6 +18,7 @@ from pixelclip.masks.runs import from_labels, from_masks, from_rle
 from pixelclip.masks.store import (
     SCHEMA,
     MaskStore,
+    count_masks,
     make_row,
     shard_failures,
     shard_path,
@@ -62,6 +63,12 @@ def test_a_store_gives_back_what_was_written(store_dir):
         assert found.to_rle() == written.to_rle()
         np.testing.assert_array_equal(found.scores, written.scores)
     assert store(photo("sub/10"), SIZE) is None
+
+
+def test_masks_are_counted_without_being_read(store_dir):
+    assert count_masks(store_dir) == sum(some_masks(seed).count for seed in [*range(10), 3])
+    write_shard(store_dir, 2, [])
+    assert count_masks(store_dir) == sum(some_masks(seed).count for seed in [*range(10), 3])
 
 
 def test_the_columns_say_the_same(store_dir):

@@ -1,5 +1,6 @@
 """Segmenting a folder: stopped at any moment, taken up again, by any number of workers."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,11 @@ import pytest
 from PIL import Image
 
 from pixelclip.backbones import save_backbone
+from pixelclip.config import SegmentConfig
+from pixelclip.job import Means, SegmentWork
+from pixelclip.jobs.work import Piece
+from pixelclip.output import Output
+from pixelclip.photos import Photo
 from tests.test_cli import model, own_folder, run  # noqa: F401 - fixtures
 from tests.tiny import photo, tiny_vit
 from tests.training import run as run_in_process
@@ -101,8 +107,8 @@ def test_what_is_there_is_kept_and_told(run, model, photos):  # noqa: F811
     assert manifest(Path("out"))["kept"] == 7
 
 
-def change_photo():
-    photo(40, 30, 99).save("photos/0.png")
+def change_photo(path="photos/0.png"):
+    photo(40, 30, 99).save(path)
 
 
 def empty_a_map():
@@ -180,3 +186,43 @@ def test_photos_are_read_from_any_place_that_fsspec_knows(run, model, photos):  
         assert (code, "nosuch" in err) == (2, True)
     finally:
         memory.rm("/bucket", recursive=True)
+
+
+def test_a_photo_that_changes_while_it_is_segmented_is_made_again(model, photos):  # noqa: F811
+    means = Means(str(model), None, "cpu", "pixelclip", SegmentConfig())
+    do = SegmentWork(means, (WORDS[1],), Output(Path("out"))).start()
+    first, second = (Photo(photos / f"{n}.png", Path(f"{n}")) for n in (0, 4))
+    doing = do(Piece(0, (first, second)))
+    assert next(doing).photo == first  # both are read by now
+    change_photo(second.path)
+    assert [outcome.photo for outcome in doing] == [second]
+    assert [outcome.is_new for outcome in do(Piece(0, (first, second)))] == [False, True]
+
+
+def test_a_full_disk_ends_the_job(run, model, photos, monkeypatch):  # noqa: F811
+    written = []
+
+    def fill(path, content):
+        written.append(path)
+        if content.startswith(b"\x89PNG"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    code, _, err = run(*command(model, "out"))
+    assert (code, len(written)) == (2, 2)  # the manifest and the first map
+    assert err.startswith("pixelclip: error: cannot write out/")
+    assert err.endswith("No space left on device\n")
+
+
+def test_names_of_any_bytes_are_read_from_anywhere(run, model, photos):  # noqa: F811
+    (photos / "0.png").rename(photos / os.fsdecode(b"\xff\n.png"))
+    arguments = (*WORDS, "-m", model, "-o", "out", "--json")
+    code, out, _ = run("segment", photos.as_uri(), *arguments)
+    assert code == 0
+    assert json.loads(out)["new"] == 7
+
+
+def test_a_pipe_is_no_photo(run, model, photos):  # noqa: F811
+    os.mkfifo("pipe.jpg")
+    code, _, err = run("segment", "pipe.jpg", *WORDS, "-m", model)
+    assert (code, "pipe.jpg is neither a file nor a folder" in err) == (2, True)

@@ -1,5 +1,6 @@
 """Segment many photos and write the results; a broken photo does not stop the others."""
 
+import errno
 import json
 import sys
 from collections import defaultdict
@@ -18,7 +19,15 @@ from pixelclip.files import printable
 from pixelclip.images import check_writable, for_overlay, load_photo, write_bytes
 from pixelclip.jobs.run import Summary, make_crew, run
 from pixelclip.jobs.work import Do, Outcome, Piece, cut
-from pixelclip.output import Output, files_of, identity_of, is_done, read_record, write_result
+from pixelclip.output import (
+    Output,
+    files_of,
+    identity_of,
+    is_done,
+    read_record,
+    stamp_of,
+    write_result,
+)
 from pixelclip.photos import Photo, at_hand, find_photos
 from pixelclip.plan import Plan
 from pixelclip.samples import sample_photos
@@ -30,6 +39,7 @@ MANIFEST = "pixelclip.manifest.json"
 FORMAT, VERSION = "pixelclip-segment", 1
 PIECE = 32  # photos that are read together, so that those of one shape share forward passes
 SHOWN = 20
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # then no other photo can be written either
 
 
 @dataclass(frozen=True)
@@ -170,22 +180,38 @@ class SegmentWork:
 
         def do(piece: Piece) -> Iterator[Outcome]:
             segmenter, identity = ready(self.classes[piece.number % len(self.classes)])
-            todo = []
+            stamps = {}
             for photo in piece.photos:
-                if is_done(photo, self.output, identity):
+                try:
+                    stamp = stamp_of(photo, identity)
+                except DataError as error:
+                    yield Outcome(photo, str(error))
+                    continue
+                if is_done(photo, self.output, stamp):
                     yield Outcome(photo, is_new=False)
                 else:
-                    todo.append(photo)
-            for item in _results(segmenter, todo, self.output):
-                try:
-                    if isinstance(item, _Failure):
-                        raise item.error
-                    write_result(*item, segmenter=segmenter, output=self.output, identity=identity)
-                    yield Outcome(item.photo)
-                except DataError as error:
-                    yield Outcome(item.photo, str(error))
+                    stamps[photo] = stamp
+            for item in _results(segmenter, list(stamps), self.output):
+                if isinstance(item, _Failure):
+                    yield Outcome(item.photo, str(item.error))
+                else:
+                    yield self._written(item, segmenter, stamps[item.photo])
 
         return do
+
+    def _written(self, item: "_Success", segmenter: Segmenter, stamp: str) -> Outcome:
+        """Write the results of a photo.
+
+        Raises:
+            DataError: there is no room for any more.
+        """
+        try:
+            write_result(*item, segmenter=segmenter, output=self.output, stamp=stamp)
+        except DataError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL:
+                raise
+            return Outcome(item.photo, str(error))
+        return Outcome(item.photo)
 
 
 class _Waiting(NamedTuple):

@@ -16,7 +16,7 @@ from pixelclip.masks.export import export_coco, export_labels, export_sa1b
 from pixelclip.masks.make import IMPORTED, how_made, make_masks, needs_files
 from pixelclip.masks.pictures import contact_sheet
 from pixelclip.masks.score import RegionTruth, open_truth, score
-from pixelclip.masks.store import MANIFEST
+from pixelclip.masks.store import MANIFEST, count_masks
 from pixelclip.photos import Photo, find_photos
 
 SCORES = {
@@ -95,17 +95,19 @@ def run_mask_job(paths: Sequence[str], job: MaskJob, *, as_json: bool, quiet: bo
     if job.output is not None and not _is_to_be_used_as_it_is(job.output, job):
         made = _make(photos, job, quiet=quiet)
         report |= {"output": printable(job.output), "new": made.new, "kept": made.kept}
+        report["masks"] = count_masks(job.output)
         failed = {photo.shown: error for photo, error in made.failed}
-        if not made.new + made.kept:
-            raise DataError(f"no photo got masks; first: {made.failed[0][1]}")
-        photos = [photo for photo in photos if photo.shown not in failed]
-    if job.wants_more:
+        without = {photo for photo, _ in made.failed}
+        photos = [photo for photo in photos if photo not in without]
+    if photos and job.wants_more:
         report |= _more(photos, truth, job, failed, quiet=quiet)
     report["failed"] = [{"photo": photo, "error": error} for photo, error in failed.items()]
     if as_json:
         print(json.dumps(report))
-    elif not quiet:
+    elif photos and not quiet:
         _print(report)
+    if not photos:
+        raise DataError(f"no photo got masks; first: {next(iter(failed.values()))}")
     for error in failed.values():
         print(f"pixelclip: failed: {error}", file=sys.stderr)
     return 1 if failed else 0
@@ -199,7 +201,10 @@ def _more(
 def _print(report: Mapping[str, Any]) -> None:
     if "output" in report:
         kept = f", {report['kept']} of them were there already" if report["kept"] else ""
-        print(f"masks of {report['new'] + report['kept']} photo(s) -> {report['output']}/{kept}")
+        photos = report["new"] + report["kept"]
+        print(f"{report['masks']} masks of {photos} photo(s) -> {report['output']}/{kept}")
+        if not report["masks"]:
+            print("the source found nothing at all: docs/masks.md says which settings it has")
     if "score" in report:
         score = report["score"]
         print(f"score over {score['regions']} regions of {score['photos']} photos, in percent")

@@ -54,7 +54,13 @@ def identity_of(segmenter: Segmenter, output: Output) -> str:
 
 
 def stamp_of(photo: Photo, identity: str) -> str:
-    """A hash of the photo's file, told by size and date, and of all else that decides."""
+    """A hash of the photo's file, told by size and date, and of all else that decides.
+
+    Of a photo elsewhere the address alone counts: to ask for more would take a request for each.
+
+    Raises:
+        DataError: the photo is not there.
+    """
     state = ""
     if not photo.url:
         try:
@@ -77,13 +83,13 @@ def files_of(photo: Photo, output: Output) -> list[Path]:
     return [base.with_name(base.name + suffix) for suffix, is_wanted in wanted.items() if is_wanted]
 
 
-def is_done(photo: Photo, output: Output, identity: str) -> bool:
-    """Whether the results of a photo are there, whole, of this photo and these settings."""
+def is_done(photo: Photo, output: Output, stamp: str) -> bool:
+    """Whether the results of a photo are there, whole, with that stamp."""
     files = files_of(photo, output)
     try:
         if not all(file.stat().st_size for file in files):  # empty after a loss of power
             return False
-        return read_record(files[-1]).get("stamp") == stamp_of(photo, identity)
+        return read_record(files[-1]).get("stamp") == stamp
     except (OSError, DataError):
         return False
 
@@ -110,7 +116,7 @@ def write_result(
     *,
     segmenter: Segmenter,
     output: Output,
-    identity: str,
+    stamp: str,
 ) -> None:
     """Write the files of one photo; the JSON comes last, so that it stands for a whole set.
 
@@ -120,13 +126,13 @@ def write_result(
         picture: what the overlay is drawn on; None if there is to be none.
         segmenter: what it was segmented with.
         output: what is wanted.
-        identity: of `identity_of`.
+        stamp: of `stamp_of`, from before the photo was read: it may change meanwhile.
 
     Raises:
         DataError: a file cannot be written.
     """
     record = describe(photo, result, segmenter, masks=output.masks)
-    record["stamp"] = stamp_of(photo, identity)
+    record["stamp"] = stamp
     text = json.dumps(record, indent=2, ensure_ascii=False)
     for path in files_of(photo, output):
         if path.name.endswith(".labels.png"):

@@ -1,5 +1,6 @@
 """Which photos there are: files, folders, and places that fsspec knows."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from pixelclip.errors import DataError, MissingExtra
+from pixelclip.errors import DataError, MissingExtra, visible
 from pixelclip.files import printable
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -31,7 +32,7 @@ class Photo(NamedTuple):
     @property
     def shown(self) -> str:
         """What the photo is called in messages and results."""
-        return self.url or printable(self.path)
+        return _printable_url(self.url) if self.url else printable(self.path)
 
 
 def find_photos(paths: Sequence[Path | str]) -> list[Photo]:
@@ -43,7 +44,7 @@ def find_photos(paths: Sequence[Path | str]) -> list[Photo]:
     (`s3://bucket/photos`, `file:///data/photos`).
 
     Raises:
-        DataError: a path does not exist, or a folder holds no photo.
+        DataError: a path does not exist or is a pipe, or a folder holds no photo.
         MissingExtra: a place needs a package that is not installed.
     """
     found: dict[str | Path, tuple[Path, Path]] = {}
@@ -58,8 +59,10 @@ def find_photos(paths: Sequence[Path | str]) -> list[Photo]:
             if not inside:
                 raise DataError(f"no photos in {path} (looked for {_suffixes()})")
             found |= {p: (p, p.relative_to(path)) for p in inside}
-        elif path.exists():
+        elif path.is_file():
             found.setdefault(path, (path, Path(path.name)))
+        elif path.exists():
+            raise DataError(f"{printable(path)} is neither a file nor a folder")
         else:
             raise DataError(f"no such photo or folder: {path}")
     stems = [relative.with_suffix("") for _, relative in found.values()]
@@ -111,6 +114,10 @@ def _is_named_like_photo(relative: Path) -> bool:
     hidden = any(part.startswith(".") for part in relative.parts)
     ours = relative.name.endswith(OUR_SUFFIXES)
     return relative.suffix.lower() in PHOTO_SUFFIXES and not hidden and not ours
+
+
+def _printable_url(url: str) -> str:
+    return visible(os.fsencode(url).decode("utf-8", "replace"))
 
 
 def _suffixes() -> str:

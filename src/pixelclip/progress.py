@@ -53,9 +53,10 @@ class Shown:
         now = time.monotonic()
         if self.has_lines and now - self.last >= LINE_EVERY:
             self.last = now
-            left = (now - self.started) / (done - self.first) * (self.total - done)
+            left = (now - self.started) / max(1, done - self.first) * (self.total - done)
             minutes = math.ceil(left / 60)
-            log.info("%d of %d, %d min left, %s", done, self.total, minutes, note)
+            text = f"{done} of {self.total}, {minutes} min left"
+            log.info("%s", f"{text}, {note}" if note else text)
 
 
 def hush(quiet: bool) -> None:

@@ -5,6 +5,7 @@ and lend their features to methods that combine them with a CLIP's.
 """
 
 import difflib
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ LARGEST = (
     16_384  # of any number in a file's architecture: a claim costs memory before it is refused
 )
 DEEPEST = 200
+MOST_GROWTH = 8  # times, of a file's values when timm resizes its table of positions
 UNFIT = (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError, AttributeError,
          LookupError)  # fmt: skip # what timm raises where an architecture or an input will not do
 
@@ -138,9 +140,12 @@ def load_dense(
         found = _in_repository(name, path)
     else:
         found = _registered(name, path)
+    state = read_state(found.weights)
+    with torch.device("meta"):  # sizes that the file does not have cost no memory
+        _fitting(_built(found.config), state, found)
     with torch.random.fork_rng(devices=[]):  # layers draw weights that are then replaced
         tower = _built(found.config)
-    _fill(tower, read_state(found.weights), found)
+    tower.load_state_dict(_fitting(tower, state, found))
     return DenseTimm(tower, found.config, str(found.weights)).to(where)
 
 
@@ -217,6 +222,9 @@ def _checked_config(values: Mapping[str, object], origin: str) -> TimmConfig:
         raise ModelError(f"{origin} is not usable: {where}: {first['msg'].lower()}") from error
     if not timm.is_model(config.architecture):
         raise _unknown(config.architecture)
+    # `checkpoint_path` would open a file, with pickled code in it by the older timm.
+    if foreign := config.model_args.keys() & inspect.signature(timm.create_model).parameters:
+        raise ModelError(f"{origin}: model_args must not hold {', '.join(sorted(foreign))}")
     return config
 
 
@@ -276,14 +284,14 @@ def _built(config: TimmConfig) -> nn.Module:
         raise ModelError(f"cannot build {config.architecture}: {reason[0][:160]}") from error
 
 
-def _fill(tower: nn.Module, state: State, found: _Found) -> None:
-    """Load tensors under timm's names, strictly; what belongs to a classifier is left out.
+def _fitting(tower: nn.Module, state: State, found: _Found) -> State:
+    """Tensors under timm's names, all that the model has; what belongs to a classifier is left out.
 
     Raises:
         ModelError: they do not fit, or are damaged.
     """
     expected = tower.state_dict()
-    if state.keys() != expected.keys():
+    if state.keys() != expected.keys() and _values(expected) <= MOST_GROWTH * _values(state):
         state = _converted(tower, state)
     heads = tuple(f"{layer}." for layer in found.config.classifier)
     state = {k: v for k, v in state.items() if k in expected or not (heads and k.startswith(heads))}
@@ -293,7 +301,12 @@ def _fill(tower: nn.Module, state: State, found: _Found) -> None:
         raise ModelError(
             f"{found.weights} is damaged: {broken[0]} holds values that are no numbers"
         )
-    tower.load_state_dict(state)
+    return state
+
+
+def _values(state: State) -> int:
+    """Numbers in all tensors."""
+    return sum(tensor.numel() for tensor in state.values())
 
 
 def _converted(tower: nn.Module, state: State) -> State:
@@ -312,7 +325,7 @@ def _probed(model: DenseTimm, architecture: str) -> tuple[int, int]:
     """Pixels per cell and feature size, tried on an input of 2 x 3 cells.
 
     Raises:
-        ModelError: it gives no map of that shape.
+        ModelError: it gives no map of that shape, or one of no numbers.
     """
     try:
         stride = int(model.tower.feature_info[-1]["reduction"])  # type: ignore[index]
@@ -320,6 +333,8 @@ def _probed(model: DenseTimm, architecture: str) -> tuple[int, int]:
             cells = model.last_map(torch.zeros(1, 3, 2 * stride, 3 * stride))
         if cells.shape[2:] != (2, 3):
             raise ValueError(f"a map of {tuple(cells.shape)}")
+        if not bool(cells.isfinite().all()):
+            raise ModelError(f"{model.origin} is damaged: its features are no numbers")
     except UNFIT as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

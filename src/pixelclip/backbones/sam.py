@@ -28,6 +28,8 @@ CONFIG = "config.json"
 HUB_FILES = [CONFIG, "preprocessor_config.json", "processor_config.json", "model*.safetensors",
              "model.safetensors.index.json"]  # fmt: skip
 LARGEST = 65_536  # of any number in a config; the largest of published ones is a vocabulary's
+MOST = 256  # of what each costs time to build; published models have at most 48 layers
+COUNTED = ("layers", "blocks", "depth", "outputs")
 SAVED = "give --checkpoint DIR, a folder that save_pretrained of model and processor wrote"
 
 
@@ -191,12 +193,13 @@ def _loaded(folder: Path) -> tuple[Any, Any]:
     """The model of a folder, in float32 and frozen, and its processor of pictures."""
     config = read_json(folder / CONFIG)
     _check_kind(folder, config)
-    from transformers import AutoImageProcessor, AutoModelForMaskGeneration
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForMaskGeneration
 
     options = {"local_files_only": True, "trust_remote_code": False}
     # What is built draws weights before it is given its own.
     with _model_errors(f"cannot load {folder}"), _quiet(), torch.random.fork_rng(devices=[]):
         processor = AutoImageProcessor.from_pretrained(folder, **options)
+        _check_size(folder, AutoConfig.from_pretrained(folder, **options))
         model, report = AutoModelForMaskGeneration.from_pretrained(
             folder,
             use_safetensors=True,
@@ -228,16 +231,36 @@ def _check_kind(folder: Path, config: dict[str, object]) -> None:
             f"{folder} is a model of kind {kind}, which makes no masks of points; kinds that do:"
             f" {', '.join(sorted(MODEL_FOR_MASK_GENERATION_MAPPING_NAMES))}"
         )
-    if (largest := _largest(config)) > LARGEST:
-        raise ModelError(f"{folder}: {CONFIG} has the number {largest}; no model is so large")
+    for name, number in _numbers(config):
+        if number > (MOST if any(word in name for word in COUNTED) else LARGEST):
+            raise ModelError(f"{folder}: {CONFIG} has {name} {number}; no model is so large")
 
 
-def _largest(value: object) -> int | float:
-    """The largest number in a JSON value."""
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return max(map(_largest, inner), default=0)
-    return abs(value) if isinstance(value, int | float) else 0
+def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """The sizes of all numbers in a JSON value, each with the name that it stands under."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
+    elif isinstance(value, int | float):
+        yield name, abs(value)
+
+
+def _check_size(folder: Path, config: Any) -> None:
+    """Make sure that the files can hold the model's weights: those they lack would be drawn."""
+    from transformers import AutoModelForMaskGeneration
+
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with torch.device("meta"):
+        model = AutoModelForMaskGeneration.from_config(config)
+    values = sum(weight.numel() for weight in model.parameters())
+    if 0 < num_bytes < values:
+        raise ModelError(
+            f"{folder} has weights of {num_bytes} bytes, its model has {values} numbers: are its"
+            " files complete?"
+        )
 
 
 def _side(size: int | Sequence[int]) -> int:
@@ -269,6 +292,8 @@ def _model_errors(what: str) -> Iterator[None]:
     """Turn whatever a library raises on a strange model into one line."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{what}: {_first_line(error)}") from error
 

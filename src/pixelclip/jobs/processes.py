@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing import get_context
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from pixelclip.errors import DataError
@@ -15,6 +15,7 @@ from pixelclip.jobs.work import Do, Outcome, Piece, Work
 from pixelclip.workers import end_with_parent, set_threads
 
 AHEAD = 2  # pieces handed out per worker: a job of millions need not be queued at once
+NEW, KEPT = b"n", b"k"
 DIED = (
     "a worker process died, perhaps for want of memory; the same command with fewer --workers goes"
     " on, what is finished is kept"
@@ -22,14 +23,14 @@ DIED = (
 
 
 def run_over(
-    work: Work, pieces: Sequence[Piece], workers: int, threads: int, tick: Callable[[], None]
+    work: Work, pieces: Sequence[Piece], workers: int, threads: int, tick: Callable[[bool], None]
 ) -> Iterator[tuple[int, list[Outcome]]]:
     """Over processes that are spawned: a fork would inherit the locks of a caller's threads."""
     context = get_context("spawn")
-    ticks: SimpleQueue[bool] = context.SimpleQueue()
+    shown, ticks = context.Pipe(duplex=False)
     todo, running = iter(pieces), set[Future[tuple[int, list[Outcome]]]]()
     with (
-        _counting(ticks, tick),
+        _counting(shown, ticks, tick),
         _pool(ProcessPoolExecutor(workers, context, _begin, (work, threads, ticks))) as pool,
     ):
         while True:
@@ -60,31 +61,37 @@ def _pool(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
 
 
 @contextmanager
-def _counting(ticks: "SimpleQueue[bool]", tick: Callable[[], None]) -> Iterator[None]:
-    """Show what the workers have done, as they do it."""
+def _counting(shown: Connection, ticks: Connection, tick: Callable[[bool], None]) -> Iterator[None]:
+    """Show what the workers have done, as they do it.
+
+    All write to one pipe without a lock, which a worker that is killed would take with it: a
+    message is a single write of a few bytes, which no other one divides.
+    """
 
     def listen() -> None:
-        while ticks.get():
-            tick()
+        while message := shown.recv_bytes():
+            tick(message == NEW)
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
         yield
     finally:
-        ticks.put(False)
+        ticks.send_bytes(b"")
         listener.join(timeout=5)
+        shown.close()
+        ticks.close()
 
 
 class _Worker(NamedTuple):
     work: Work
-    ticks: "SimpleQueue[bool]"
+    ticks: Connection
 
 
 _worker: list[_Worker] = []  # of a worker process
 
 
-def _begin(work: Work, threads: int, ticks: "SimpleQueue[bool]") -> None:
+def _begin(work: Work, threads: int, ticks: Connection) -> None:
     end_with_parent()
     set_threads(threads)
     _worker.append(_Worker(work, ticks))
@@ -100,6 +107,6 @@ def _do(piece: Piece) -> tuple[int, list[Outcome]]:
     """Do a piece in a worker process."""
     outcomes = []
     for outcome in _started()(piece):
-        _worker[0].ticks.put(True)
+        _worker[0].ticks.send_bytes(NEW if outcome.is_new else KEPT)
         outcomes.append(outcome)
     return piece.number, outcomes

@@ -4,10 +4,12 @@ import logging
 import os
 import pickle
 import platform
+import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from pixelclip.errors import DataError, MissingExtra, PixelClipError
 from pixelclip.jobs.work import Do, Outcome, Piece, Work
@@ -21,7 +23,7 @@ def run_on_ray(
     pieces: Sequence[Piece],
     workers: int,
     threads: int,
-    tick: Callable[[int], None],
+    tick: Callable[[bool], None],
     *,
     gpu: bool,
 ) -> Iterator[tuple[int, list[Outcome]]]:
@@ -36,11 +38,11 @@ def run_on_ray(
         pieces: of the job.
         workers: processes in the cluster.
         threads: of each, hence cores that it takes.
-        tick: told how many photos are done.
+        tick: told of each photo that is done whether it was done now.
         gpu: each worker also takes a GPU.
 
     Raises:
-        DataError: Ray gave up on a piece.
+        DataError: there is no cluster at `RAY_ADDRESS`, or Ray gave up on a piece.
         MissingExtra: Ray is not installed.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it writes to the terminal as it likes
@@ -51,30 +53,53 @@ def run_on_ray(
     except ImportError as error:
         raise MissingExtra("--engine ray needs Ray: pip install 'pixelclip[ray]'") from error
     is_ours = not ray.is_initialized()
-    try:
-        with redirect_stdout(sys.stderr):  # what Ray says of dead workers is no result
+    if is_ours:
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
+    with redirect_stdout(sys.stderr):  # what Ray says of dead workers is no result
+        try:
             if is_ours:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             ray.data.DataContext.get_current().enable_progress_bars = False
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the error is ours to tell
             rows = [{"piece": pickle.dumps(piece)} for piece in pieces]
             results = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
                 _Actor,  # type: ignore[arg-type]  # a class is set up once per worker
                 fn_constructor_args=(work, threads, Path.cwd()),
                 concurrency=workers,
-                num_cpus=threads,
+                num_cpus=min(threads, _cores_of_largest(ray.nodes())),
                 num_gpus=1 if gpu else None,
             )
             for row in results.iter_rows():
                 yield _answer(row, tick)
-    except (RayError, ConnectionError) as error:
-        raise DataError(f"Ray gave up: {_first_line(error)}") from error
-    finally:
-        if is_ours:
-            ray.shutdown()
+        except (RayError, ConnectionError) as error:
+            raise DataError(f"Ray gave up: {_last_line(error)}") from error
+        finally:
+            if is_ours:
+                ray.shutdown()
 
 
-def _answer(row: dict[str, bytes], tick: Callable[[int], None]) -> tuple[int, list[Outcome]]:
+def _check_address(address: str) -> None:
+    """Make sure that something answers there: Ray itself would try for a quarter of an hour.
+
+    Raises:
+        DataError: nothing does.
+    """
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local" or nothing
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise DataError(f"no Ray cluster answers at RAY_ADDRESS {address}: {error}") from error
+
+
+def _cores_of_largest(nodes: Sequence[Mapping[str, Any]]) -> float:
+    """More than that no worker can ask for: it would never be started."""
+    cores = [node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]]
+    return max([1, *cores])
+
+
+def _answer(row: dict[str, bytes], tick: Callable[[bool], None]) -> tuple[int, list[Outcome]]:
     """What a worker says of a piece.
 
     Raises:
@@ -84,7 +109,8 @@ def _answer(row: dict[str, bytes], tick: Callable[[int], None]) -> tuple[int, li
     if isinstance(answer, PixelClipError):
         raise answer
     number, outcomes = answer
-    tick(len(outcomes))
+    for outcome in outcomes:
+        tick(outcome.is_new)
     return number, outcomes
 
 
@@ -118,5 +144,5 @@ class _Actor:
         return self.work.start()
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -93,9 +93,10 @@ def run(
     with Shown(what, sum(len(piece.photos) for piece in pieces), 0, quiet=quiet) as shown:
         done = 0
 
-        def tick(count: int = 1) -> None:
+        def tick(is_new: bool) -> None:
             nonlocal done
-            done += count
+            done += 1
+            shown.first += not is_new  # what was there says nothing of the time left
             shown.update(done, "")
 
         if crew.engine == "ray" and pieces:
@@ -123,13 +124,13 @@ def _summary(outcomes: Iterator[tuple[int, list[Outcome]]]) -> Summary:
 
 
 def _run_here(
-    work: Work, pieces: Sequence[Piece], threads: int, tick: Callable[[], None]
+    work: Work, pieces: Sequence[Piece], threads: int, tick: Callable[[bool], None]
 ) -> Iterator[tuple[int, list[Outcome]]]:
     with limited_threads(threads):
         do = work.start()
         for piece in pieces:
             outcomes = []
             for outcome in do(piece):
-                tick()
+                tick(outcome.is_new)
                 outcomes.append(outcome)
             yield piece.number, outcomes

@@ -17,7 +17,15 @@ from pixelclip.masks.names import photo_name
 from pixelclip.masks.rounds import claim
 from pixelclip.masks.runs import PhotoMasks
 from pixelclip.masks.sources import MASK_SOURCES, MaskSource
-from pixelclip.masks.store import Row, make_row, shard_failures, shard_path, write_shard
+from pixelclip.masks.store import (
+    Row,
+    make_row,
+    read_rows,
+    shard_failures,
+    shard_path,
+    shard_photos,
+    write_shard,
+)
 from pixelclip.photos import Photo, at_hand
 
 Made = Row | str  # the masks of a photo, or why there are none
@@ -113,9 +121,10 @@ def generate(
     retry: bool = False,
     quiet: bool = False,
 ) -> Summary:
-    """Write a mask store; shards that are there already are kept.
+    """Write a mask store; masks that are there already are kept.
 
-    Photos that were not there when the store was begun are a further round, whose shards follow.
+    Photos that were not there when the store was begun are a further round, whose shards follow;
+    the masks of photos that are gone stay.
 
     Args:
         photos: their order does not matter.
@@ -124,7 +133,7 @@ def generate(
         crew: who does it; the store is the same whoever does.
         shard_size: photos per shard, what a killed worker loses at most; by the number of photos
             if it is not given.
-        retry: make the shards anew in which photos have failed.
+        retry: try photos again that failed in an earlier run.
         quiet: show no progress.
 
     Returns:
@@ -133,8 +142,8 @@ def generate(
     Raises:
         ConfigError: the shard size is wrong, or a worker process of the caller has got here as it
             was started.
-        DataError: the folder cannot be written, or holds a store of other settings, or one that
-            was not finished, of other photos.
+        DataError: the folder cannot be written, or holds a store of other settings or a damaged
+            one.
         MissingExtra: Ray is not installed.
     """
     if shard_size is not None and shard_size < 1:
@@ -154,7 +163,7 @@ class MaskWork:
     Attributes:
         out: folder of the store.
         maker: of the masks.
-        retry: make shards with failures anew.
+        retry: try photos again that failed.
     """
 
     out: Path
@@ -167,28 +176,44 @@ class MaskWork:
 
         def do(piece: Piece) -> Iterator[Outcome]:
             nonlocal make
-            path = shard_path(self.out, piece.number)
-            if path.exists() and not (self.retry and shard_failures(path)):
-                yield from _kept(path, piece)
+            done = _done(shard_path(self.out, piece.number), retry=self.retry)
+            todo = []
+            for photo in piece.photos:
+                if photo_name(photo) in done:
+                    yield Outcome(photo, done[photo_name(photo)], is_new=False)
+                else:
+                    todo.append(photo)
+            if not todo:
                 return
             make = make or self.maker.start()
-            rows, failures = [], []
-            for photo, made in zip(piece.photos, make(piece.photos), strict=True):
-                if isinstance(made, Row):
-                    rows.append(made)
-                else:
-                    failures.append((photo_name(photo), made))
-                yield Outcome(photo, made if isinstance(made, str) else "")
-            write_shard(self.out, piece.number, rows, failures)
+            made: dict[str, Made] = {}
+            for photo, one in zip(todo, make(todo), strict=True):
+                made[photo_name(photo)] = one
+                yield Outcome(photo, one if isinstance(one, str) else "")
+            self._write(piece.number, made)
 
         return do
 
+    def _write(self, number: int, made: Mapping[str, Made]) -> None:
+        """Write a shard: what is new, and what was there."""
+        path = shard_path(self.out, number)
+        known: dict[str, Made] = {}
+        if path.exists():
+            known |= shard_failures(path)
+            known |= {row.photo: row for row in read_rows(path)}
+        known.update(made)
+        ordered = sorted(known.items())
+        rows = [one for _, one in ordered if isinstance(one, Row)]
+        failures = [(name, one) for name, one in ordered if isinstance(one, str)]
+        write_shard(self.out, number, rows, failures)
 
-def _kept(path: Path, piece: Piece) -> Iterator[Outcome]:
-    """What became of the photos of a finished shard."""
-    lines = dict(shard_failures(path))
-    for photo in piece.photos:
-        yield Outcome(photo, lines.get(photo_name(photo), ""), is_new=False)
+
+def _done(path: Path, *, retry: bool) -> dict[str, str]:
+    """The photos that need not be tried again, and why one has no masks."""
+    if not path.exists():
+        return {}
+    failed = {} if retry else dict(shard_failures(path))
+    return failed | dict.fromkeys(shard_photos(path), "")
 
 
 def _make(source: MaskSource, photos: Sequence[Photo], max_pixels: int) -> list[Made]:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from pixelclip.backbones.dino import DINO, DenseTimm, load_dense
 from pixelclip.backbones.mini import LAST_CHANNELS, LEVEL_CHANNELS, MiniVisual
 from pixelclip.backbones.pixels import to_pixels
 from pixelclip.images import resized
-from pixelclip.masks.runs import PhotoMasks, from_labels
+from pixelclip.masks.runs import MAX_MASKS, PhotoMasks, from_labels
 
 GPU_BATCH = 8
 FAR = 1e30  # finite, as nothing times infinity is no number, and would spoil interpolation
@@ -286,7 +287,7 @@ def nearness(
 def to_masks(
     labels: Integer[np.ndarray, "h w"], height: int, width: int, settings: KMeansSettings
 ) -> PhotoMasks:
-    """Masks of a photo from a map of its clusters at any size.
+    """Masks of a photo from a map of its clusters at any size; of too many, the largest.
 
     Raises:
         DataError: a photo cannot have that height and width.
@@ -294,7 +295,10 @@ def to_masks(
     if settings.components:
         labels = label(labels, connectivity=1, background=-1)
     areas = np.bincount(labels.ravel())
-    small = np.flatnonzero(areas < settings.min_share * labels.size)
+    by_area = np.argsort(-areas, kind="stable")
+    num_large = int((areas >= max(1, settings.min_share * labels.size)).sum())
+    num_kept = min(num_large, MAX_MASKS)
     rows = np.arange(height) * labels.shape[0] // height
     columns = np.arange(width) * labels.shape[1] // width
-    return from_labels(labels[rows[:, None], columns], ignore=small.tolist())
+    masks = from_labels(labels[rows[:, None], columns], ignore=by_area[num_kept:].tolist())
+    return replace(masks, broken=num_large - num_kept)

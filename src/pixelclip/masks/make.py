@@ -63,7 +63,7 @@ def make_masks(  # noqa: PLR0913 - the public door: each option is said once, by
     if masks is None:
         name, chosen = _chosen(output, source, values)
         light = find_source(name).is_light
-        gpu = not light and _is_gpu(device)
+        gpu = (not light or device not in ("auto", "cpu")) and _is_gpu(device)
         made_by = MadeBy(FromPixels(name, chosen, device, max_pixels), name, described(chosen))
     elif source is None and not values:
         light = gpu = False

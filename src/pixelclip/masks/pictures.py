@@ -129,26 +129,6 @@ def painted(
     return photo
 
 
-def mask_picture(
-    photo: Photo, reader: MaskReader, *, max_side: int = 1024, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
-    """The photo with its masks drawn over it.
-
-    Args:
-        photo: of which a picture is wanted.
-        reader: of its masks.
-        max_side: a photo with a longer side is drawn smaller.
-        max_pixels: photos with more pixels are refused.
-
-    Raises:
-        DataError: the photo or its masks cannot be read, or it has none.
-    """
-    image, masks = load_small(photo, reader, max_side, max_pixels)
-    if masks is None:
-        raise DataError(f"no masks for {photo.shown}")
-    return draw_masks(image, masks)
-
-
 def contact_sheet(
     photos: Sequence[Photo],
     reader: MaskReader,

@@ -2,28 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pixelclip.errors import DataError
-from pixelclip.jobs.work import Piece, cut
+from pixelclip.files import replacing
+from pixelclip.jobs.work import Piece
 from pixelclip.masks.names import photo_name
-from pixelclip.masks.store import (
-    MANIFEST,
-    read_manifest,
-    shard_failures,
-    shard_path,
-    shard_photos,
-    write_manifest,
-)
+from pixelclip.masks.store import MANIFEST, read_manifest, write_manifest
 from pixelclip.photos import Photo
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # a module that is not there
 
 PACKAGES = ("pixelclip", "numpy", "pillow", "scikit-image", "torch", "timm", "transformers",
             "pyarrow")  # fmt: skip
 MAX_SHARDS = 10**6  # of a store; each is looked for
+MAX_NAME = 2**12  # bytes per photo of a round, on average
 MIN_SHARD, MAX_SHARD, SHARDS = 8, 256, 64  # photos, photos, and how many where these allow it
 
 
@@ -59,7 +63,9 @@ def claim(
     settings: Mapping[str, object],
     shard_size: int | None = None,
 ) -> list[Piece]:
-    """All shards of a store with their photos; the store's manifest is written or compared.
+    """The shards of a store with their photos; the store's manifest is written or compared.
+
+    A photo that is gone is left out; one that no round has is in a further round.
 
     Args:
         out: folder of the store.
@@ -69,69 +75,104 @@ def claim(
         shard_size: photos per shard of a new round; by their number if it is not given.
 
     Raises:
-        DataError: there is a store of another source or other settings, or one that was begun
-            with other photos and is not finished.
+        DataError: there is a store of another source or other settings, or a damaged one.
     """
     made_by = {"source": source, "settings": json.loads(json.dumps(dict(settings)))}
-    rounds: list[Round] = []
+    left = {photo_name(photo): photo for photo in photos}
+    pieces: list[Piece] = []
+    with _alone(out):
+        rounds = _rounds_there(out, made_by)
+        for one in rounds:
+            pieces += _pieces(one, _read_names(out, one), left)
+        if left:
+            first = rounds[-1].shards().stop if rounds else 0
+            names = sorted(left)
+            rounds.append(_new_round(names, shard_size, first))
+            _write_names(out, rounds[-1], names)
+            listed = [one.model_dump() for one in rounds]
+            write_manifest(out, {**made_by, "rounds": listed})
+            pieces += _pieces(rounds[-1], names, left)
+    return pieces
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """While one command reads and writes the manifest, another one on this machine waits."""
+    with ExitStack() as stack:
+        if fcntl is not None:
+            folder = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+
+
+def _rounds_there(out: Path, made_by: Mapping[str, object]) -> list[Round]:
+    """The rounds of the store in that folder; none if there is no store, or no mask in it yet."""
+    is_begun = any(out.glob("shard-*.parquet"))
     if (out / MANIFEST).exists():
         manifest = read_manifest(out)
-        _compare(out, manifest, made_by)
-        rounds = _rounds(out, manifest)
-    elif any(out.glob("shard-*.parquet")):
+        if is_begun or all(manifest.get(key) == value for key, value in made_by.items()):
+            _compare(out, manifest, made_by)
+            return _rounds(out, manifest)
+        for path in out.glob("photos-*.parquet"):  # of a command that came to nothing
+            path.unlink()
+        return []
+    if is_begun:
         raise DataError(f"{out} holds shards without {MANIFEST}; choose another folder")
-    left = {photo_name(photo): photo for photo in photos}
-    there = [_names(out, one) for one in rounds]
-    pieces: list[Piece] = []
-    for number, one in enumerate(rounds):
-        elsewhere = {name for i, names in enumerate(there) if i != number for name in names}
-        if all(shard_path(out, index).exists() for index in one.shards()):
-            pieces += _finished(out, one, left)
-            own = there[number]
-        else:
-            own = {name for name in left if name not in elsewhere}
-            if _sha256(own) != one.photos_sha256:
-                raise DataError(
-                    f"{out} is not finished and was begun with other photos: {one.photos}, now"
-                    f" {len(own)}; finish it with those first, or choose another folder"
-                )
-            members = [left[name] for name in sorted(own)]
-            pieces += cut(members, one.shard_size, one.first_shard)
-        left = {name: photo for name, photo in left.items() if name not in own}
-    if left:
-        first = rounds[-1].shards().stop if rounds else 0
-        rounds.append(_new_round(left, shard_size, first))
-        listed = [one.model_dump() for one in rounds]
-        write_manifest(out, {**made_by, "rounds": listed})
-        pieces += cut(list(left.values()), rounds[-1].shard_size, first)
-    return pieces
+    return []
 
 
-def _names(out: Path, one: Round) -> set[str]:
-    """The photos of a round that are done, be it with failure."""
-    paths = [path for index in one.shards() if (path := shard_path(out, index)).exists()]
-    return {name for path in paths for name in _shard_names(path)}
-
-
-def _shard_names(path: Path) -> list[str]:
-    return sorted({*shard_photos(path), *(name for name, _ in shard_failures(path))})
-
-
-def _finished(out: Path, one: Round, photos: Mapping[str, Photo]) -> list[Piece]:
-    """The shards of a finished round with those of their photos that are still there."""
+def _pieces(one: Round, names: list[str], left: dict[str, Photo]) -> list[Piece]:
+    """The shards of a round with those of its photos that are there; they are taken from `left`."""
     pieces = []
     for index in one.shards():
-        names = _shard_names(shard_path(out, index))
-        own = tuple(photos[name] for name in names if name in photos)
-        pieces += [Piece(index, own)] if own else []
+        at = (index - one.first_shard) * one.shard_size
+        own = names[at : at + one.shard_size]
+        photos = tuple(left.pop(name) for name in own if name in left)
+        pieces += [Piece(index, photos)] if photos else []
     return pieces
 
 
-def _new_round(photos: Mapping[str, Photo], shard_size: int | None, first: int) -> Round:
-    size = shard_size or min(max(-(-len(photos) // SHARDS), MIN_SHARD), MAX_SHARD)
+def _names_path(out: Path, one: Round) -> Path:
+    return out / f"photos-{one.first_shard:05d}.parquet"
+
+
+def _write_names(out: Path, one: Round, names: list[str]) -> None:
+    path = _names_path(out, one)
+    try:
+        with replacing(path) as part:
+            pq.write_table(pa.table({"photo": names}), part, compression="zstd")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _read_names(out: Path, one: Round) -> list[str]:
+    """The photos of a round, sorted.
+
+    Raises:
+        DataError: they are not those that the manifest tells.
+    """
+    path = _names_path(out, one)
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            size = sum(group.total_byte_size for group in groups)
+            if file.metadata.num_rows != one.photos or size > MAX_NAME * one.photos:
+                raise ValueError("other photos than the manifest says")
+            names: list[str] = file.read(["photo"])["photo"].to_pylist()
+        if _sha256(names) != one.photos_sha256:
+            raise ValueError("other photos than the manifest says")
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    return names
+
+
+def _new_round(names: list[str], shard_size: int | None, first: int) -> Round:
+    size = shard_size or min(max(-(-len(names) // SHARDS), MIN_SHARD), MAX_SHARD)
     return Round(
-        photos=len(photos),
-        photos_sha256=_sha256(photos),
+        photos=len(names),
+        photos_sha256=_sha256(names),
         shard_size=size,
         first_shard=first,
         versions=dict(filter(None, map(_version, PACKAGES))),
@@ -145,8 +186,8 @@ def _version(package: str) -> tuple[str, str] | None:
         return None
 
 
-def _sha256(names: Mapping[str, Photo] | set[str]) -> str:
-    return hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()
+def _sha256(names: list[str]) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def _rounds(out: Path, manifest: Mapping[str, object]) -> list[Round]:
@@ -155,7 +196,8 @@ def _rounds(out: Path, manifest: Mapping[str, object]) -> list[Round]:
         if not isinstance(listed, list) or not listed:
             raise ValueError
         rounds = [Round.model_validate(one) for one in listed]
-        if sum(len(one.shards()) for one in rounds) > MAX_SHARDS:
+        starts = [0, *(one.shards().stop for one in rounds)]
+        if starts[:-1] != [one.first_shard for one in rounds] or starts[-1] > MAX_SHARDS:
             raise ValueError
         return rounds
     except (KeyError, ValueError, ValidationError) as error:

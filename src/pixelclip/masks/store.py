@@ -21,7 +21,7 @@ from pixelclip.photos import Photo
 
 FORMAT, VERSION = "pixelclip-masks", 2
 MANIFEST = "masks.json"
-MAX_MANIFEST_BYTES = 2**20
+MAX_MANIFEST_BYTES = 2**26  # 100,000 rounds
 MAX_GROUP_BYTES = 2**27
 MAX_ROWS, MAX_NAME_BYTES = 10**6, 2**27  # of a shard
 FAILURES = b"pixelclip-failures"
@@ -214,6 +214,41 @@ def shard_photos(path: Path) -> list[str]:
             )
         names: list[str] = shard.read(["photo"], use_threads=False)["photo"].to_pylist()
         return names
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a shard.
+
+    Raises:
+        DataError: the shard is damaged.
+    """
+    with _reading(path) as shard:
+        for group in map(shard.metadata.row_group, range(shard.num_row_groups)):
+            if group.total_byte_size > MAX_GROUP_BYTES:
+                raise DataError(f"{path} is damaged: a row group is too large")
+        table = shard.read(use_threads=False)
+    return [Row(**row) for row in table.to_pylist()]
+
+
+def count_masks(folder: Path) -> int:
+    """How many masks a store holds, by what its shards say of themselves.
+
+    Raises:
+        DataError: a shard is damaged.
+    """
+    total = 0
+    for path in folder.glob("shard-*.parquet"):
+        with _reading(path) as shard:
+            for group in range(shard.num_row_groups):
+                group_metadata = shard.metadata.row_group(group)
+                areas = next(
+                    column
+                    for column in map(group_metadata.column, range(group_metadata.num_columns))
+                    if column.path_in_schema.startswith("areas.")
+                )
+                empty = areas.statistics.null_count if areas.statistics else 0
+                total += areas.num_values - empty  # an empty list counts as a value, too
+    return total
 
 
 def shard_failures(path: Path) -> list[tuple[str, str]]:
