@@ -1,6 +1,7 @@
 """Mask stores: the masks of many photos in a folder of Parquet shards (docs/formats.md)."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -179,11 +180,14 @@ def write_shard(
     table = pa.Table.from_pylist([row._asdict() for row in rows], SCHEMA)
     path = shard_path(folder, index)
     try:
-        with replacing(path) as part, _writer(part) as writer:
-            writer.write_table(table, row_group_size=ROW_GROUP)
-            if failures:
-                lines = [(name, why[:MAX_LINE]) for name, why in failures]
-                writer.add_key_value_metadata({FAILURES: json.dumps(lines).encode()})
+        with replacing(path) as part:
+            with _writer(part) as writer:
+                writer.write_table(table, row_group_size=ROW_GROUP)
+                if failures:
+                    lines = [(name, why[:MAX_LINE]) for name, why in failures]
+                    writer.add_key_value_metadata({FAILURES: json.dumps(lines).encode()})
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # a name that outlives a loss of power means a whole shard
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
