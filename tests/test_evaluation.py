@@ -1,17 +1,23 @@
 """Metrics by hand and against scikit-learn; data sets in a folder."""
 
 import json
+from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import binary_erosion
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from pixelclip.config import SegmentConfig
-from pixelclip.errors import DataError
+from pixelclip.errors import ConfigError, DataError
 from pixelclip.evaluation import metrics
-from pixelclip.evaluation.datasets import load_folder
-from pixelclip.evaluation.evaluate import evaluate, write_report
+from pixelclip.evaluation.datasets import dataset_names, load_folder
+from pixelclip.evaluation.evaluate import evaluate, with_background
+from pixelclip.evaluation.protocols import SUITES, published, settings_and_departures
+from pixelclip.evaluation.report import write_json
+from pixelclip.evaluation.table import Row, cells, markdown, our_rows
 from pixelclip.segmenter import Segmenter
 from tests.tiny import photo, tiny_vit
 
@@ -42,6 +48,143 @@ def test_by_hand():
     assert metrics.mean_iou(matrix) == pytest.approx((1 / 3 + 1 / 2) / 3)
     assert metrics.pixel_accuracy(matrix) == pytest.approx(3 / 6)
     assert metrics.mean_accuracy(matrix) == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
+
+
+def test_counts_equal_scikit_learn_with_847_classes_and_16_bits():
+    draw = np.random.default_rng(2)
+    truth = draw.integers(0, 847, (60, 70)).astype(np.uint16)
+    labels = np.where(draw.random((60, 70)) < 0.5, truth, draw.integers(0, 847, (60, 70)))
+    truth[:7] = 65535
+    labels = labels.astype(np.uint16)
+    labels[:, :3] = 65535  # no class
+    counts = metrics.count_photo(truth, labels, 847)
+    known = truth < 847
+    predicted = np.minimum(labels, 847)
+    expected = confusion_matrix(truth[known], predicted[known], labels=range(848))[:847]
+    np.testing.assert_array_equal(counts.confusion, expected)
+    scores = jaccard_score(
+        truth[known], predicted[known], average=None, labels=range(847), zero_division=0
+    )
+    seen = expected.sum(axis=1) > 0
+    np.testing.assert_allclose(metrics.iou_per_class(counts.confusion)[seen], scores[seen])
+    assert np.isnan(metrics.iou_per_class(counts.confusion)[~seen]).all()
+
+
+def boundary_by_erosion(mask, radius):
+    """The paper's definition for one class: the mask without its erosion, outside being empty."""
+    square = np.ones((3, 3))
+    eroded = binary_erosion(mask, square, iterations=radius, border_value=0)
+    return mask & ~eroded
+
+
+def blobs(draw, height, width, num_classes):
+    coarse = draw.integers(0, num_classes, (height // 9 + 1, width // 9 + 1))
+    return np.kron(coarse, np.ones((9, 9), dtype=int))[:height, :width]
+
+
+@pytest.mark.parametrize("size", [(120, 90), (7, 300), (1, 1), (40, 41)])
+def test_boundary_iou_equals_the_papers_definition_class_by_class(size):
+    draw = np.random.default_rng(3)
+    truth, labels = blobs(draw, *size, 5), np.roll(blobs(draw, *size, 5), 2, axis=0)
+    labels = np.where(draw.random(size) < 0.6, truth, labels)
+    truth[: size[0] // 8, : size[1] // 3] = 255
+    radius = max(1, round(0.02 * float(np.sqrt(size[0] ** 2 + size[1] ** 2))))
+    counts = metrics.count_photo(truth, labels, 5)
+    known = truth < 5
+    for k in range(5):
+        true, found = (
+            boundary_by_erosion(labels_of == k, radius) & known for labels_of in (truth, labels)
+        )
+        assert counts.boundary.intersection[k] == (true & found).sum()
+        assert counts.boundary.union[k] == (true | found).sum()
+
+
+def test_boundary_iou_sees_the_edges_that_iou_does_not():
+    truth = np.zeros((200, 200), np.uint8)
+    truth[50:150, 50:150] = 1
+    labels = np.zeros_like(truth)
+    labels[54:146, 54:146] = 1
+    counts = metrics.count_photo(truth, labels, 2)
+    assert metrics.iou_per_class(counts.confusion)[1] == pytest.approx(92**2 / 100**2)
+    # bands of 6 pixels: 100 - 88 wide in the truth, 92 - 80 in the prediction, 92 - 88 in both
+    both, true, found = 92**2 - 88**2, 100**2 - 88**2, 92**2 - 80**2
+    expected = both / (true + found - both)
+    assert metrics.boundary_iou_per_class(counts)[1] == pytest.approx(expected)
+
+
+def test_counts_of_photos_add_up_to_those_of_all_pixels():
+    draw = np.random.default_rng(4)
+    photos = [(blobs(draw, 30, 40, 6), blobs(draw, 30, 40, 6)) for _ in range(3)]
+    total = metrics.no_counts(6)
+    for truth, labels in photos:
+        total += metrics.count_photo(truth, labels, 6)
+    every = [np.concatenate(part) for part in zip(*photos, strict=True)]
+    np.testing.assert_array_equal(total.confusion, metrics.confusion(*every, 6))
+    np.testing.assert_array_equal(
+        total.boundary.union,
+        sum(metrics.count_photo(*pair, 6).boundary.union for pair in photos),
+    )
+
+
+def test_frequency_weighted_iou_by_hand():
+    matrix = np.array([[6, 2, 0], [1, 1, 0]])
+    assert metrics.frequency_weighted_iou(matrix) == pytest.approx((8 * 6 / 9 + 2 * 1 / 4) / 10)
+
+
+def test_no_class_is_the_background_where_there_is_one(dataset):
+    (dataset / "classes.txt").write_text("background, backdrop\ndog\nsky\n")
+    labels = np.array([[0, 255], [2, 255]], np.uint8)
+    found = with_background(labels, load_folder(dataset))
+    np.testing.assert_array_equal(found, [[0, 0], [2, 0]])
+    assert found.dtype == np.uint8
+    (dataset / "classes.txt").write_text("cat\ndog\nsky\n")
+    np.testing.assert_array_equal(with_background(labels, load_folder(dataset)), labels)
+
+
+def test_every_preset_has_settings_for_every_data_set(dataset):
+    plain = load_folder(dataset)
+    config, departures = settings_and_departures("default", {}, plain)
+    assert (config, departures) == (SegmentConfig(), [])
+    config, departures = settings_and_departures("authors", {"short_side": 640}, plain)
+    assert (config.preset, config.short_side, config.templates) == (
+        "authors", 640, "imagenet-select"
+    )  # fmt: skip
+    assert departures == ["short_side is 640; the protocol says None"]
+    config, departures = settings_and_departures("sliding", {}, replace(plain, name="cityscapes"))
+    assert (config.window, config.overlap, config.short_side) == (224, 0.5, 560)
+    assert config.background == "none"
+    with_background = replace(plain, classes=("background", "b", "c"), expected=9)
+    config, departures = settings_and_departures("sliding", {}, with_background)
+    assert (config.background, config.threshold, config.short_side) == ("threshold", 0.1, 336)
+    assert departures[-1] == "3 photos were found; the set has 9"
+    with pytest.raises(ConfigError, match=r"unknown --preset 'slide'; available: default, authors"):
+        settings_and_departures("slide", {}, plain)
+
+
+def test_suites_and_published_figures_name_data_sets_there_are():
+    for name in SUITES:
+        assert set(SUITES[name].sets) <= set(dataset_names())
+    assert len(SUITES["eight"].sets) == 8
+    lines = published()
+    assert {name for line in lines for name in line.mious} <= set(dataset_names())
+    sclip = next(line for line in lines if line.method.startswith("SCLIP"))
+    assert "cityscapes" not in sclip.mious  # not published, so blank
+    assert sclip.mious["voc20"] == 81.5
+
+
+def test_the_copy_of_the_published_figures_is_the_original(shared_dir):
+    copy = files("pixelclip").joinpath("data/published.json").read_bytes()
+    assert copy == (shared_dir / "reference/published.json").read_bytes()
+
+
+def test_a_mean_is_blank_where_a_set_is_missing(dataset, segmenter):
+    report = evaluate(segmenter, load_folder(dataset))
+    (row,) = our_rows([report], [report["dataset"], "voc20"])
+    assert row.values == (report["miou"], None)
+    assert row.mean is None
+    text = markdown(cells([row, Row("a | b", "them", (1.0, 2.0))], ["own", "voc20"]))
+    assert text.splitlines()[1] == "| --- | ---: | ---: | ---: | --- |"
+    assert text.splitlines()[3] == "| a \\| b | 1.0 | 2.0 | 1.5 | them |"
 
 
 def test_ignored_pixels_are_no_errors_even_when_255_is_predicted():
@@ -96,7 +239,7 @@ def test_report_is_that_of_all_pixels_together(dataset, segmenter):
 
 def test_report_is_written_as_json(dataset, segmenter, tmp_path):
     report = evaluate(segmenter, load_folder(dataset))
-    write_report(tmp_path / "deep/report.json", report)
+    write_json(tmp_path / "deep/report.json", report)
     stored = json.loads((tmp_path / "deep/report.json").read_text())
     assert stored["miou"] == report["miou"]
     assert stored["settings"]["preset"] == "default"

@@ -15,7 +15,7 @@ LEVELS = {
     "vocabulary": 3, "hub": 3, "masks": 3,
     "segmenter": 4, "training": 4,
     "output": 5, "evaluation": 5,
-    "job": 6, "maskjob": 6,
+    "job": 6, "maskjob": 6, "evaljob": 6, "ablation": 6,
     "commands": 7,
     "cli": 8, "__main__": 9, "__init__": 9,
 }  # fmt: skip

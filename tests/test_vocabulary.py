@@ -62,7 +62,7 @@ def test_class_lists_have_their_known_sizes():
     assert sizes == {
         "coco-stuff-171": 171, "ade20k-150": 150, "pascal-context-59": 59, "cityscapes-19": 19,
         "voc-20": 20, "coco-object-80": 80, "coco-object-81": 81, "pascal-context-60": 60,
-        "voc-21": 21,
+        "voc-21": 21, "ade20k-847": 847, "pascal-context-459": 459,
     }  # fmt: skip
     for names in vocabulary.class_lists().values():
         vocabulary.check_classes(names)

@@ -10,12 +10,15 @@ from typing import Annotated
 import typer
 
 from pixelclip import __version__
+from pixelclip.commands.ablate import ablate_command
+from pixelclip.commands.bias import bias_command
 from pixelclip.commands.eval import eval_command
 from pixelclip.commands.masks import masks_command
 from pixelclip.commands.models import models_command
 from pixelclip.commands.pull import pull_command
 from pixelclip.commands.push import push_command
 from pixelclip.commands.segment import segment_command
+from pixelclip.commands.templates import templates_command
 from pixelclip.commands.train import train_command
 from pixelclip.errors import PixelClipError
 
@@ -37,7 +40,10 @@ app = typer.Typer(
 app.command("segment")(segment_command)
 app.command("masks")(masks_command)
 app.command("eval")(eval_command)
+app.command("bias")(bias_command)
+app.command("templates")(templates_command)
 app.command("train")(train_command)
+app.command("ablate")(ablate_command)
 app.command("models")(models_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)

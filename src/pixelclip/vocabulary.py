@@ -45,6 +45,8 @@ MINI = (
 
 TEXTS_PER_CALL = 256
 CLASS_SUFFIXES = {".txt", ".csv", ".json"}
+TEMPLATES_FORMAT = "pixelclip-templates"
+OWN = "\t"  # "sofa\ta photo of a {}" is for the class sofa alone; no class name holds a tab
 
 
 @cache
@@ -66,6 +68,9 @@ def class_lists() -> dict[str, tuple[str, ...]]:
 def parse_templates(text: str) -> tuple[str, ...]:
     """Templates from the name of a built-in set or from a file with one per line.
 
+    A file of `pixelclip templates` has some for each class: before them stand the class's name and
+    a tab.
+
     Raises:
         ConfigError: neither exists, or a template has no `{}` or more than one.
     """
@@ -73,8 +78,25 @@ def parse_templates(text: str) -> tuple[str, ...]:
         return template_sets()[text]
     if "{}" in text:
         return check_templates((text,), "--templates")
-    lines = _lines(Path(text), "template set", tuple(template_sets()))
+    path, what, known = Path(text), "template set", tuple(template_sets())
+    if path.suffix == ".json" and isinstance(document := _json(path, what, known), dict):
+        return _own_templates(document, path)
+    lines = _lines(path, what, known)
     return check_templates(tuple(line.strip() for line in lines if line.strip()), text)
+
+
+def _own_templates(document: dict[str, object], path: Path) -> tuple[str, ...]:
+    """Templates of each class in a file's document, then those for all other classes."""
+    lists, default = document.get("classes"), document.get("default")
+    if document.get("format") != TEMPLATES_FORMAT or not isinstance(lists, dict):
+        raise ConfigError(f"{path} is neither a list of templates nor from pixelclip templates")
+    for name, own in [("default", default), *lists.items()]:
+        if not isinstance(own, list) or not own or not all(isinstance(text, str) for text in own):
+            raise ConfigError(f"{path} must hold a list of templates for {name!r}")
+        if any(unicodedata.category(letter) in {"Cc", "Cs"} for letter in "".join([name, *own])):
+            raise ConfigError(f"the templates for {name!r} in {path} are not plain text")
+    named = [f"{name}{OWN}{template}" for name, own in lists.items() for template in own]
+    return check_templates([*named, *cast(list[str], default)], str(path))
 
 
 def check_templates(templates: Sequence[str], origin: str) -> tuple[str, ...]:
@@ -120,20 +142,27 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _lines(path: Path, what: str, known: tuple[str, ...]) -> list[str]:
+def _text(path: Path, what: str, known: tuple[str, ...]) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
+        return path.read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
             f"cannot read the {what} {path}: {reason}; built in: {', '.join(known)}"
         ) from error
-    if path.suffix != ".json":
-        return text.splitlines()
+
+
+def _json(path: Path, what: str, known: tuple[str, ...]) -> object:
     try:
-        lines = json.loads(text)
-    except ValueError as error:
+        return json.loads(_text(path, what, known))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the {what} {path} is not JSON: {error}") from error
+
+
+def _lines(path: Path, what: str, known: tuple[str, ...]) -> list[str]:
+    if path.suffix != ".json":
+        return _text(path, what, known).splitlines()
+    lines = _json(path, what, known)
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ConfigError(f"the {what} {path} must hold a JSON list of names")
     return lines
@@ -206,14 +235,48 @@ def encode_classes(
     Args:
         text: text tower.
         names: of the classes; ", " separates synonyms.
-        templates: each with one `{}`.
+        templates: each with one `{}`; "sofa", a tab and a template: for the class "sofa" alone,
+            and no others serve it.
         fix_article: see `fill`.
+
+    Raises:
+        ConfigError: all templates belong to other classes.
     """
+    own = _split_templates(names, templates)
+    if len(own) > 1:
+        features = torch.zeros(0)
+        for group, members in own.items():
+            part = encode_classes(text, [names[k] for k in members], group, fix_article=fix_article)
+            features = features if len(features) else part.new_zeros(len(names), part.shape[1])
+            features[members] = part
+        return features
+    (templates,) = own
     return torch.cat([
         F.normalize(per_template(text, names[start : start + TEXTS_PER_CALL], templates,
                                  fix_article=fix_article).mean(dim=1), dim=1)
         for start in range(0, len(names), TEXTS_PER_CALL)
     ])  # fmt: skip
+
+
+def _split_templates(
+    names: Sequence[str], templates: Sequence[str]
+) -> dict[tuple[str, ...], list[int]]:
+    """Which classes use which templates."""
+    named: dict[str, list[str]] = {}
+    common = []
+    for template in templates:
+        name, tab, rest = template.rpartition(OWN)
+        if tab:
+            named.setdefault(name.strip(), []).append(rest)
+        else:
+            common.append(template)
+    found: dict[tuple[str, ...], list[int]] = {}
+    for index, name in enumerate(names):
+        own = tuple(named.get(name.strip(), common))
+        if not own:
+            raise ConfigError(f"the class {name!r} has no templates; all belong to other classes")
+        found.setdefault(own, []).append(index)
+    return found
 
 
 def per_template(

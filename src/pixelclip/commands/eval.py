@@ -1,4 +1,4 @@
-"""`pixelclip eval`: mIoU of a model on labelled photos."""
+"""`pixelclip eval`: figures of models on labelled photos."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,65 +15,117 @@ from pixelclip.commands.options import (
     Quiet,
     ShortSide,
     Templates,
+    Workers,
 )
 
 
 def eval_command(
     data: Annotated[
-        Path,
+        list[Path] | None,
         typer.Option(
-            help="Folder with images/, labels/ (PNG indices, 255 = not labelled) and classes.txt.",
+            help="Folder with images/, labels/ (PNG indices, 255 = not labelled) and classes.txt;"
+            " may be given several times.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Data set as its makers publish it: voc20, voc21, context59, context60,"
+            " coco-stuff, coco-object, ade150, cityscapes, ...; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="A protocol over data sets, beside published figures: paper (the authors'), eight"
+            " (the training-free field's).",
+            show_default=False,
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the downloads: of one data set, or of a folder named like each.",
+            show_default=False,
+        ),
+    ] = None,
     model: Model = "mini",
     checkpoint: Checkpoint = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Training-free method on the same weights, as a row of its own; may be given"
+            " several times. docs/evaluation.md lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    dino: Annotated[
+        str | None,
+        typer.Option(
+            help="Tower for rivals that need one: a name, folder or weight file.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for table, figures per class, confusion, worst photos; the same command"
+            " again goes on where it was stopped.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the figures to this file.", show_default=False),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Protocol: default (keeps the photo's shape), authors, sliding (the training-free"
+            " field's).",
+            show_default="the suite's, or default",
+        ),
+    ] = None,
     templates: Templates = None,
     fix_article: FixArticle = False,
-    preset: Annotated[
-        str, typer.Option(help="default (keeps the photo's shape) or authors (their protocol).")
-    ] = "default",
     short_side: ShortSide = None,
     attention: Attention = "pixelclip",
     device: Device = "auto",
     max_pixels: MaxPixels = None,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> int:
-    """Compare a model's label maps with the truth: mIoU, pixel accuracy, per-class IoU."""
-    from pixelclip.backbones import load_backbone
-    from pixelclip.config import SegmentConfig, make_config
-    from pixelclip.errors import DataError
-    from pixelclip.evaluation.datasets import load_folder
-    from pixelclip.evaluation.evaluate import evaluate, print_report, write_report
-    from pixelclip.images import check_writable
-    from pixelclip.progress import hush, progress_bar
-    from pixelclip.segmenter import Segmenter
+    """Compare label maps of models with the truth: mIoU, boundary IoU, accuracy, per-class IoU.
+
+    All models, data sets and rivals make one table. Figures do not depend on the number of
+    workers, nor on how often a run was stopped.
+    """
+    from pixelclip.evaljob import EvalJob, run_eval_job
+    from pixelclip.evaluation.entrants import Means
+    from pixelclip.progress import hush
 
     hush(quiet)
-    config = make_config(
-        SegmentConfig,
+    job = EvalJob(
+        Means(model, checkpoint, device, attention, dino),
+        data=tuple(data or ()),
+        datasets=tuple(dataset or ()),
+        suite=suite,
+        root=root,
+        rivals=tuple(rival or ()),
         preset=preset,
-        templates=templates,
-        fix_article=fix_article,
-        short_side=short_side,
-        max_pixels=max_pixels,
+        settings={
+            "templates": templates,
+            "fix_article": fix_article or None,
+            "short_side": short_side,
+            "max_pixels": max_pixels,
+        },
+        workers=workers,
+        output=output,
+        json_file=json_file,
+        quiet=quiet,
     )
-    dataset = load_folder(data)
-    if json_file is not None:
-        check_writable(json_file.parent)
-        if json_file.is_dir():
-            raise DataError(f"--json {json_file} is a folder; name a file")
-    backbone = load_backbone(model, checkpoint=checkpoint, device=device, attention=attention)
-    segmenter = Segmenter(backbone, dataset.classes, config=config)
-    with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task(dataset.name, total=len(dataset.pairs))
-        report = evaluate(segmenter, dataset, on_photo=lambda: bar.advance(task))
-    if not quiet:
-        print_report(report)
-    if json_file is not None:
-        write_report(json_file, report)
-    return 1 if report["failed"] else 0
+    return run_eval_job(job)

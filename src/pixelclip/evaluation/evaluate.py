@@ -1,46 +1,130 @@
-"""Run a segmenter over a data set and report the figures."""
+"""Segment labelled photos and count how truth and prediction agree."""
 
-import hashlib
-import json
-import sys
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Integer
-from rich.console import Console
-from rich.table import Table
+from jaxtyping import Integer
 
 from pixelclip.errors import DataError
 from pixelclip.evaluation.datasets import SegmentationDataset
-from pixelclip.evaluation.metrics import (
-    confusion,
-    iou_per_class,
-    mean_accuracy,
-    mean_iou,
-    pixel_accuracy,
-)
-from pixelclip.images import read_labels, write_bytes
-from pixelclip.segmenter import Segmenter
+from pixelclip.evaluation.metrics import Counts, count_photo, mean_iou, no_counts
+from pixelclip.evaluation.report import Report, Scores, make_report
+from pixelclip.plan import Plan
+from pixelclip.segmenter import Prepared, Segmenter
+
+PIECE = 16  # pairs that are done together: who does which never shows in the figures
+AHEAD = 4  # pairs that are read while others are in the network
+
+Pair = tuple[Path, Path]
 
 
-class Report(TypedDict):
-    """Figures of one evaluation; all in percent.
+class Compared(NamedTuple):
+    """A photo's counts, or why there are none.
 
-    `per_class` holds the IoU of every class, None for those that do not occur in the truth.
+    Attributes:
+        number: of the pair among those given, from 0.
+        counts: None if the pair could not be used.
+        error: one line; empty if it could.
     """
 
-    dataset: str
-    model: str
-    photos: int
-    miou: float
-    pixel_accuracy: float
-    mean_accuracy: float
-    classes_present: int
-    per_class: dict[str, float | None]
-    failed: list[str]
-    settings: dict[str, object]
+    number: int
+    counts: Counts | None
+    error: str = ""
+
+
+class _Read(NamedTuple):
+    number: int
+    prepared: Prepared
+    truth: Integer[np.ndarray, "H W"]
+
+
+def compare(
+    segmenter: Segmenter, dataset: SegmentationDataset, pairs: Sequence[Pair]
+) -> Iterator[Compared]:
+    """Segment photos and compare them with their labels, in any order.
+
+    Photos and labels are read in a thread, ahead of the network. Photos of one shape share
+    forward passes, always the same ones for the same pairs.
+
+    Args:
+        segmenter: its classes are the data set's.
+        dataset: of the pairs.
+        pairs: photos and label maps.
+    """
+    waiting: dict[Plan, list[_Read]] = defaultdict(list)
+    for item in _read_ahead(segmenter, dataset, pairs):
+        if isinstance(item, Compared):
+            yield item
+            continue
+        same = waiting[item.prepared.plan]
+        same.append(item)
+        if len(same) == segmenter.config.batch_size:
+            yield from _run(segmenter, dataset, waiting.pop(item.prepared.plan))
+    for items in waiting.values():
+        yield from _run(segmenter, dataset, items)
+
+
+def _read_ahead(
+    segmenter: Segmenter, dataset: SegmentationDataset, pairs: Sequence[Pair]
+) -> Iterator[_Read | Compared]:
+    """The pairs in their order, a few of them read before they are asked for."""
+    queue: deque[Future[_Read | Compared]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for index, pair in enumerate(pairs):
+            queue.append(pool.submit(_read, segmenter, dataset, index, pair))
+            if len(queue) > AHEAD:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
+def _read(
+    segmenter: Segmenter, dataset: SegmentationDataset, index: int, pair: Pair
+) -> _Read | Compared:
+    photo, label_path = pair
+    try:
+        truth = dataset.truth(label_path)
+        prepared = segmenter.prepare(photo)
+    except DataError as error:
+        return Compared(index, None, str(error))
+    if truth.shape != (prepared.height, prepared.width):
+        return Compared(
+            index,
+            None,
+            f"{label_path} is {truth.shape[1]} x {truth.shape[0]}, its photo"
+            f" {prepared.width} x {prepared.height}",
+        )
+    # Truth may come as 8 bytes per pixel; what waits is kept small.
+    return _Read(index, prepared, truth.astype(np.uint16, copy=False))
+
+
+def _run(
+    segmenter: Segmenter, dataset: SegmentationDataset, items: list[_Read]
+) -> Iterator[Compared]:
+    results = segmenter.run([item.prepared for item in items])
+    for item, result in zip(items, results, strict=True):
+        labels = with_background(result.labels, dataset)
+        yield Compared(item.number, count_photo(item.truth, labels, len(dataset.classes)))
+
+
+def with_background(
+    labels: Integer[np.ndarray, "H W"], dataset: SegmentationDataset
+) -> Integer[np.ndarray, "H W"]:
+    """Labels where "no class" is the data set's background, if it has one."""
+    background = background_of(dataset)
+    if background is None:
+        return labels
+    return np.where(labels < len(dataset.classes), labels, labels.dtype.type(background))
+
+
+def background_of(dataset: SegmentationDataset) -> int | None:
+    """Index of the class `background` (with any synonyms); None where there is none."""
+    names = [name.split(",")[0].strip() for name in dataset.classes]
+    return names.index("background") if "background" in names else None
 
 
 def evaluate(
@@ -50,6 +134,8 @@ def evaluate(
 ) -> Report:
     """Segment every photo and compare with its labels; broken pairs are listed, not fatal.
 
+    The same figures as of `pixelclip eval`, in this process and with nothing kept on disk.
+
     Args:
         segmenter: its classes are the data set's.
         dataset: photos with labels.
@@ -58,105 +144,16 @@ def evaluate(
     Raises:
         DataError: no pair could be used.
     """
-    count = len(dataset.classes)
-    matrix = np.zeros((count, count + 1), dtype=np.int64)
-    failed: list[str] = []
-    for photo, label_path in dataset.pairs:
-        try:
-            matrix += _compare(segmenter, photo, label_path, dataset)
-        except DataError as error:
-            failed.append(str(error))
-        on_photo()
-    if len(failed) == len(dataset.pairs):
-        raise DataError(f"none of the {len(failed)} photos could be used; first: {failed[0]}")
-    if not matrix.any():
-        raise DataError(f"no pixel of {dataset.name} is labelled")
-    return report(segmenter, dataset, matrix, failed)
-
-
-def _compare(
-    segmenter: Segmenter, photo: Path, label_path: Path, dataset: SegmentationDataset
-) -> Int[np.ndarray, "K K1"]:
-    truth = checked_labels(label_path, dataset)
-    labels = segmenter(photo).labels
-    if truth.shape != labels.shape:
-        raise DataError(
-            f"{label_path} is {truth.shape[1]} x {truth.shape[0]}, its photo"
-            f" {labels.shape[1]} x {labels.shape[0]}"
-        )
-    return confusion(truth, labels, len(dataset.classes))
-
-
-def checked_labels(path: Path, dataset: SegmentationDataset) -> Integer[np.ndarray, "H W"]:
-    """The label map, all of whose values are classes or "not labelled".
-
-    Raises:
-        DataError: a value is neither.
-    """
-    truth = read_labels(path)
-    wrong = truth[(truth != dataset.ignore) & ((truth >= len(dataset.classes)) | (truth < 0))]
-    if wrong.size:
-        raise DataError(
-            f"{path} holds the value {wrong[0]}, but there are {len(dataset.classes)} classes"
-            f" (0 to {len(dataset.classes) - 1}; {dataset.ignore} = not labelled)"
-        )
-    return truth
-
-
-def report(
-    segmenter: Segmenter,
-    dataset: SegmentationDataset,
-    matrix: Int[np.ndarray, "K K1"],
-    failed: list[str],
-) -> Report:
-    """The figures of a confusion matrix, with all that made them."""
-    ious = iou_per_class(matrix)
-    names = json.dumps(list(segmenter.classes), ensure_ascii=False)
-    settings: dict[str, object] = {
-        "classes_sha256": hashlib.sha256(names.encode()).hexdigest(),
-        **segmenter.description(),
-    }
-    return Report(
-        dataset=dataset.name,
-        model=segmenter.backbone.card.name,
-        photos=len(dataset.pairs) - len(failed),
-        miou=round(100 * mean_iou(matrix), 3),
-        pixel_accuracy=round(100 * pixel_accuracy(matrix), 3),
-        mean_accuracy=round(100 * mean_accuracy(matrix), 3),
-        classes_present=int((matrix.sum(axis=1) > 0).sum()),
-        per_class={
-            name: None if np.isnan(iou) else round(100 * float(iou), 3)
-            for name, iou in zip(dataset.classes, ious, strict=True)
-        },
-        failed=failed,
-        settings=settings,
-    )
-
-
-def write_report(path: Path, report: Report) -> None:
-    """Write the report as JSON, whole or not at all.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode())
-
-
-def print_report(report: Report) -> None:
-    """Print the figures: a table of the classes that occur, then one line."""
-    table = Table("class", "IoU %", title=f"{report['dataset']}, {report['model']}")
-    table.columns[1].justify = "right"
-    for name, iou in report["per_class"].items():
-        if iou is not None:
-            table.add_row(name, f"{iou:.1f}")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"mIoU {report['miou']:.1f} over {report['classes_present']} classes, pixel accuracy"
-        f" {report['pixel_accuracy']:.1f}, mean accuracy {report['mean_accuracy']:.1f}"
-        f" ({report['photos']} photos)",
-        highlight=False,
-    )
-    for line in report["failed"]:
-        print(f"pixelclip: failed: {line}", file=sys.stderr)
+    total = no_counts(len(dataset.classes))
+    mious = np.full(len(dataset.pairs), np.nan)
+    errors: dict[int, str] = {}
+    for first in range(0, len(dataset.pairs), PIECE):
+        for item in compare(segmenter, dataset, dataset.pairs[first : first + PIECE]):
+            if item.counts is None:
+                errors[first + item.number] = item.error
+            else:
+                total += item.counts
+                mious[first + item.number] = mean_iou(item.counts.confusion)
+            on_photo()
+    failed = [errors[index] for index in sorted(errors)]
+    return make_report(segmenter, dataset, Scores(total, mious, failed))

@@ -1,0 +1,148 @@
+"""What an evaluation of models over data sets prints and writes."""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixelclip.evaluation.datasets import SegmentationDataset
+from pixelclip.evaluation.protocols import published
+from pixelclip.evaluation.report import (
+    Report,
+    Scores,
+    print_failed,
+    print_report,
+    print_terms,
+    worst_photos,
+    write_classes,
+    write_confusion,
+    write_csv,
+    write_json,
+)
+from pixelclip.evaluation.sheet import write_sheet
+from pixelclip.evaluation.table import (
+    Row,
+    cells,
+    document,
+    our_rows,
+    print_table,
+    published_rows,
+    row_name,
+)
+from pixelclip.images import write_bytes
+from pixelclip.segmenter import Segmenter
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model or rival on a data set.
+
+    Attributes:
+        report: the figures.
+        scores: what they are made of.
+        segmenter: draws the worst photos again.
+        dataset: photos with labels.
+    """
+
+    report: Report
+    scores: Scores
+    segmenter: Segmenter
+    dataset: SegmentationDataset
+
+
+@dataclass(frozen=True)
+class Results:
+    """All of an evaluation.
+
+    Attributes:
+        found: model by model, data set by data set.
+        sets: columns of the table, those without results included.
+        missing: a line for each data set without results.
+        with_published: published figures stand beside ours.
+    """
+
+    found: tuple[Result, ...]
+    sets: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    with_published: bool = False
+
+    @property
+    def reports(self) -> list[Report]:
+        """The figures."""
+        return [result.report for result in self.found]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The lines of the table: ours, then what others have published."""
+        lines = published() if self.with_published else ()
+        return [*our_rows(self.reports, self.sets), *published_rows(lines, self.sets)]
+
+
+def as_document(results: Results) -> dict[str, object]:
+    """The results as JSON has them; specified in docs/formats.md."""
+    return {
+        "table": {
+            "sets": list(results.sets),
+            "rows": [
+                {"name": row.name, "source": row.source or "this run",
+                 "miou": dict(zip(results.sets, row.values, strict=True)), "mean": row.mean}
+                for row in results.rows
+            ],
+        },
+        "results": results.reports,
+        "missing": list(results.missing),
+    }  # fmt: skip
+
+
+def write_results(results: Results, output: Path | None, json_file: Path | None) -> None:
+    """Write all that is asked for: a folder, a file of figures, or nothing.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    is_single = len(results.found) == 1 and not results.missing and not results.with_published
+    everything = as_document(results)
+    if json_file is not None:
+        write_json(json_file, results.reports[0] if is_single else everything)
+    if output is None:
+        return
+    write_json(output / "results.json", everything)
+    write_csv(output / "table.csv", cells(results.rows, results.sets, digits=3))
+    text = document(results.reports, results.rows, results.sets, results.missing)
+    write_bytes(output / "report.md", text.encode("utf-8", "replace"))
+    for result in results.found:
+        _write_result(output, result)
+
+
+def _write_result(output: Path, result: Result) -> None:
+    report = result.report
+    folder = output / _file_name(report["dataset"]) / _file_name(row_name(report))
+    write_classes(folder / "classes.csv", report)
+    write_confusion(folder / "confusion.csv", report, result.scores.counts)
+    worst = worst_photos(result.scores)
+    cases = list(zip(worst, [case["miou"] for case in report["worst"]], strict=True))
+    title = f"{report['dataset']}, {row_name(report)}: the photos of lowest mIoU"
+    write_sheet(folder / "worst.png", result.segmenter, result.dataset, cases, title)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "_"
+
+
+def print_results(results: Results, *, quiet: bool) -> None:
+    """Print the figures of one evaluation, or the table of several; what is missing on stderr."""
+    if not quiet:
+        if len(results.found) == 1 and not results.with_published:
+            print_report(results.reports[0])
+        else:
+            print_table(results.rows, results.sets)
+        print_terms(results.reports)
+    print_failed(results.reports)
+    print_lines(results.missing)
+
+
+def print_lines(missing: Sequence[str]) -> None:
+    """Print what is not evaluated, on stderr."""
+    for line in missing:
+        print(f"pixelclip: not evaluated: {line}", file=sys.stderr)

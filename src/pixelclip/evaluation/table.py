@@ -1,0 +1,146 @@
+"""One table: a row per model or rival, a column per data set and the mean."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pixelclip.evaluation.protocols import Published
+from pixelclip.evaluation.report import Report
+
+FIGURES = {
+    "miou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_accuracy": "mean accuracy",
+    "boundary_iou": "boundary IoU",
+    "frequency_weighted_iou": "frequency-weighted IoU",
+}
+
+
+class Row(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+        name: of the model, with the rival; or the published method.
+        source: where the figures are from; empty: this run.
+        values: in percent, as the columns; None: not evaluated, or not published.
+    """
+
+    name: str
+    source: str
+    values: tuple[float | None, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Over the data sets; None where one is missing, as such means cannot be compared."""
+        known = [value for value in self.values if value is not None]
+        complete = len(known) == len(self.values) and known
+        return round(sum(known) / len(known), 3) if complete else None
+
+
+def row_name(report: Report) -> str:
+    """What a result is called in tables."""
+    return report["model"] if report["rival"] is None else f"{report['model']}, {report['rival']}"
+
+
+def our_rows(reports: Sequence[Report], sets: Sequence[str], figure: str = "miou") -> list[Row]:
+    """A row for each model and rival, in the order they come in.
+
+    Args:
+        reports: of this run.
+        sets: names of the columns.
+        figure: key of `FIGURES`.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for report in reports:
+        rows.setdefault(row_name(report), {})[report["dataset"]] = report[figure]  # type: ignore[literal-required]  # a key of FIGURES
+    return [Row(name, "", tuple(map(values.get, sets))) for name, values in rows.items()]
+
+
+def published_rows(lines: Sequence[Published], sets: Sequence[str]) -> list[Row]:
+    """A row for each method with a figure for one of these sets; blank where there is none."""
+    rows = [Row(line.method, line.source, tuple(map(line.mious.get, sets))) for line in lines]
+    return [row for row in rows if any(value is not None for value in row.values)]
+
+
+def cells(rows: Sequence[Row], sets: Sequence[str], digits: int = 1) -> list[list[str]]:
+    """The table as text, head first; without a column of sources if all are from this run."""
+    has_sources = any(row.source for row in rows)
+    head = ["mIoU %", *sets, "mean", *(["source"] if has_sources else [])]
+    lines = []
+    for row in rows:
+        figures = ["" if v is None else f"{v:.{digits}f}" for v in (*row.values, row.mean)]
+        lines.append([row.name, *figures, *([row.source or "this run"] if has_sources else [])])
+    return [head, *lines]
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its head being the first line; figures to the right."""
+    safe = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rule = [
+        "---" if column == 0 or not _is_figures(safe, column) else "---:"
+        for column in range(len(safe[0]))
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (safe[0], rule, *safe[1:]))
+
+
+def _is_figures(lines: Sequence[Sequence[str]], column: int) -> bool:
+    return all(not line[column] or line[column][0].isdigit() for line in lines[1:])
+
+
+def document(
+    reports: Sequence[Report], rows: Sequence[Row], sets: Sequence[str], missing: Sequence[str]
+) -> str:
+    """The whole evaluation in Markdown: mIoU beside what is published, and all else per set."""
+    parts = ["# Evaluation\n", markdown(cells(rows, sets))]
+    if missing:
+        parts.append("Not evaluated:\n" + "".join(f"\n- {line}" for line in missing) + "\n")
+    for name in dict.fromkeys(report["dataset"] for report in reports):
+        of_set = [report for report in reports if report["dataset"] == name]
+        parts += [f"## {name}\n", _figures(of_set), _terms(of_set), _classes(of_set)]
+    return "\n".join(part for part in parts if part)
+
+
+def _figures(reports: Sequence[Report]) -> str:
+    lines = [["%", *FIGURES.values(), "photos"]]
+    for report in reports:
+        figures = [f"{report[key]:.1f}" for key in FIGURES]  # type: ignore[literal-required]  # as above
+        lines.append([row_name(report), *figures, str(report["photos"])])
+    return markdown(lines)
+
+
+def _terms(reports: Sequence[Report]) -> str:
+    first = reports[0]
+    names = f"SHA-256 of the class names: {first['settings']['classes_sha256']}"
+    lines = [f"Protocol: {first['protocol']}. {names}.\n"]
+    departures = dict.fromkeys(line for report in reports for line in report["departures"])
+    if departures:
+        lines.append("Departures from the protocol:\n")
+        lines += [f"- {line}" for line in departures]
+        lines.append("")
+    if first["failed"]:
+        lines.append(f"{len(first['failed'])} photos could not be used; the first:\n")
+        lines += [f"- {first['failed'][0]}", ""]
+    return "\n".join(lines)
+
+
+def _classes(reports: Sequence[Report]) -> str:
+    lines = [["IoU % (boundary IoU %)", *(row_name(report) for report in reports), "pixels"]]
+    for name, pixels in reports[0]["per_class_pixels"].items():
+        pairs = [(r["per_class"][name], r["per_class_boundary_iou"][name]) for r in reports]
+        figures = ["" if i is None or b is None else f"{i:.1f} ({b:.1f})" for i, b in pairs]
+        lines.append([name, *figures, str(pixels)])
+    return markdown(lines)
+
+
+def print_table(rows: Sequence[Row], sets: Sequence[str]) -> None:
+    """Print the table."""
+    head, *lines = cells(rows, sets)
+    table = Table(*map(escape, head))
+    for column, name in zip(table.columns, head, strict=True):
+        column.justify = "left" if name in (head[0], "source") else "right"
+    for line in lines:
+        table.add_row(*map(escape, line))
+    Console().print(table)

@@ -1,0 +1,239 @@
+"""Evaluation as a job: processes, resumed runs, several sets and rivals, what is written."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixelclip.backbones import save_backbone
+from pixelclip.errors import ConfigError, DataError
+from pixelclip.evaljob import EvalJob, run_eval_job
+from pixelclip.evaluation.entrants import Means
+from pixelclip.evaluation.metrics import count_photo
+from pixelclip.evaluation.pieces import PieceCounts, read_piece, write_piece
+from tests.tiny import photo, tiny_vit
+
+SETTINGS = {"templates": "name", "short_side": 64}
+
+
+def make_set(folder, count, seed=0):
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    (folder / "classes.txt").write_text("cat\ndog\nsky\n")
+    draw = np.random.default_rng(seed)
+    for index in range(count):
+        height, width = (40, 50) if index % 3 else (50, 40)
+        photo(width, height, seed + index).save(folder / f"images/{index:02d}.png")
+        labels = np.kron(draw.integers(0, 3, (height // 10, width // 10)), np.ones((10, 10)))
+        labels = labels.astype(np.uint8)
+        labels[:5] = 255
+        Image.fromarray(labels).save(folder / f"labels/{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_backbone(tiny_vit(), tmp_path_factory.mktemp("model")).parent)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """37 photos: three pieces."""
+    folder = make_set(tmp_path_factory.mktemp("sets") / "first", 37)
+    (folder / "images/03.png").write_bytes(b"broken")
+    return folder
+
+
+def job(model, *data, **options):
+    options = {"settings": SETTINGS, "quiet": True, "workers": 1} | options
+    return EvalJob(Means(model, device="cpu"), data=data, **options)
+
+
+def figures(path):
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory):
+    """The figures of one process that was not disturbed."""
+    path = tmp_path_factory.mktemp("whole") / "figures.json"
+    assert run_eval_job(job(model, data, json_file=path)) == 1  # one photo is broken
+    return figures(path)
+
+
+def test_two_processes_give_the_same_bytes(model, data, whole, tmp_path):
+    path = tmp_path / "figures.json"
+    assert run_eval_job(job(model, data, json_file=path, workers=2)) == 1
+    assert figures(path) == whole
+
+
+def test_broken_photos_are_listed_and_the_worst_come_first(whole):
+    report = json.loads(whole)
+    assert report["photos"] == 36
+    assert len(report["failed"]) == 1
+    assert "03.png" in report["failed"][0]
+    mious = [case["miou"] for case in report["worst"]]
+    assert mious == sorted(mious)
+    assert len(mious) == 8
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(model, data, whole, tmp_path):
+    output, path = tmp_path / "out", tmp_path / "figures.json"
+    command = [
+        sys.executable, "-m", "pixelclip", "eval", "--data", str(data), "--model", model, "-o",
+        str(output), "--json", str(path), "--templates", "name", "--short-side", "64", "--device",
+        "cpu", "--workers", "1", "-q",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    deadline = time.monotonic() + 120
+    while not list(output.glob("pieces/*/*.npz")) and time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {p: p.stat().st_mtime_ns for p in output.glob("pieces/*/*.npz")}
+    assert done
+    run_eval_job(job(model, data, output=output, json_file=path))
+    assert figures(path) == whole
+    assert len(list(output.glob("pieces/*/*.npz"))) == 3
+    assert {p: p.stat().st_mtime_ns for p in done} == done  # kept, not done again
+
+
+def pieces_done_again(output, change):
+    before = {p: p.stat().st_mtime_ns for p in output.glob("pieces/*/*.npz")}
+    change()
+    after = {p: p.stat().st_mtime_ns for p in output.glob("pieces/*/*.npz")}
+    return len([p for p in after if before.get(p) != after[p]])
+
+
+def test_pieces_of_other_photos_or_settings_are_not_used(model, tmp_path):
+    data, output = make_set(tmp_path / "data", 20), tmp_path / "out"
+    run_eval_job(job(model, data, output=output))
+    again = lambda **options: lambda: run_eval_job(job(model, data, output=output, **options))  # noqa: E731
+    assert pieces_done_again(output, again()) == 0
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(data / "labels/17.png")
+    assert pieces_done_again(output, again()) == 1
+    assert pieces_done_again(output, again(settings=SETTINGS | {"short_side": 80})) == 2
+    first = sorted(output.glob("pieces/*/00000.npz"))
+    for path in first:
+        path.write_bytes(path.read_bytes()[:-200])
+    assert pieces_done_again(output, again()) == 1
+    (data / "classes.txt").write_text("cat\ndog\nsea\n")
+    assert pieces_done_again(output, again()) == 2
+
+
+def test_several_sets_and_rivals_make_one_table(model, data, tmp_path):
+    other = make_set(tmp_path / "second", 2, seed=50)
+    output = tmp_path / "out"
+    options = {"rivals": ("naclip", "superpixels"), "output": output}
+    run_eval_job(job(model, data, other, json_file=tmp_path / "all.json", **options))
+    stored = json.loads((tmp_path / "all.json").read_text())
+    assert stored == json.loads((output / "results.json").read_text())
+    assert stored["table"]["sets"] == ["first", "second"]
+    rows = stored["table"]["rows"]
+    assert [row["name"] for row in rows] == [
+        "tiny-vit", "tiny-vit, naclip", "tiny-vit, superpixels"
+    ]  # fmt: skip
+    assert rows[0]["mean"] == pytest.approx(sum(rows[0]["miou"].values()) / 2, abs=1e-3)
+    assert rows[0]["miou"] != rows[1]["miou"]
+    reports = stored["results"]
+    assert len({report["settings"]["classes_sha256"] for report in reports}) == 1
+    table = list(csv.reader((output / "table.csv").read_text().splitlines()))
+    assert table[0] == ["mIoU %", "first", "second", "mean"]
+    assert float(table[1][1]) == reports[0]["miou"]
+    assert "| tiny-vit, naclip |" in (output / "report.md").read_text()
+
+
+def test_the_files_of_a_set_agree_with_its_figures(model, tmp_path):
+    data, output = make_set(tmp_path / "data", 4), tmp_path / "out"
+    assert run_eval_job(job(model, data, output=output)) == 0
+    (report,) = json.loads((output / "results.json").read_text())["results"]
+    folder = output / "data/tiny-vit"
+    confusion = list(csv.reader((folder / "confusion.csv").read_text().splitlines()))
+    matrix = np.array([[int(cell) for cell in row[1:]] for row in confusion[1:]])
+    assert confusion[0][1:] == ["cat", "dog", "sky", "no class"]
+    assert report["pixel_accuracy"] == round(100 * np.trace(matrix) / matrix.sum(), 3)
+    assert list(report["per_class_pixels"].values()) == matrix.sum(axis=1).tolist()
+    classes = list(csv.DictReader((folder / "classes.csv").read_text().splitlines()))
+    assert [float(row["iou"]) for row in classes] == list(report["per_class"].values())
+    ious = np.diagonal(matrix) / (matrix.sum(1) + matrix[:, :3].sum(0) - np.diagonal(matrix))
+    assert [float(row["iou"]) for row in classes] == np.round(100 * ious, 3).tolist()
+    with Image.open(folder / "worst.png") as picture:
+        assert picture.width > 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing to evaluate on"),
+        ({"datasets": ("voc20",)}, "need --root"),
+        ({"suite": "nine"}, "unknown --suite 'nine'; available: paper, eight"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run_eval_job(job(model, **options))
+
+
+def test_a_rival_is_refused_before_the_work(model, data, tmp_path):
+    with pytest.raises(ConfigError, match="unknown rival 'nclip'"):
+        run_eval_job(job(model, data, rivals=("nclip",), output=tmp_path / "out"))
+    assert not list(tmp_path.glob("out/pieces/*"))
+
+
+def test_a_suite_names_what_is_missing_and_runs_the_rest(model, tmp_path, capsys):
+    root = tmp_path / "root"
+    folder = root / "cityscapes"
+    photos, labels = folder / "leftImg8bit/val/ulm", folder / "gtFine/val/ulm"
+    photos.mkdir(parents=True)
+    labels.mkdir(parents=True)
+    photo(64, 32).save(photos / "ulm_000000_000019_leftImg8bit.png")
+    Image.fromarray(np.full((32, 64), 7, np.uint8)).save(
+        labels / "ulm_000000_000019_gtFine_labelIds.png"
+    )
+    path = tmp_path / "all.json"
+    code = run_eval_job(job(model, suite="paper", root=root, json_file=path, settings={}))
+    assert code == 1
+    stored = json.loads(path.read_text())
+    assert stored["table"]["sets"] == ["coco-stuff", "ade150", "context59", "cityscapes", "voc20"]
+    assert len(stored["missing"]) == 4
+    ours, *theirs = stored["table"]["rows"]
+    assert ours["miou"]["voc20"] is None
+    assert ours["mean"] is None
+    assert {row["name"]: row["miou"]["cityscapes"] for row in theirs}["SCLIP ViT-B/16"] is None
+    (report,) = stored["results"]
+    assert report["protocol"] == "authors"
+    assert "1 photos were found; the set has 500" in report["departures"]
+    assert "not evaluated: voc20" in capsys.readouterr().err
+
+
+def test_a_suite_without_any_set_is_an_error(model, tmp_path):
+    with pytest.raises(DataError, match="none of the 8 data sets is there"):
+        run_eval_job(job(model, suite="eight", root=tmp_path))
+
+
+def test_a_piece_is_read_back_only_whole(tmp_path):
+    path = tmp_path / "0.npz"
+    labels = np.random.default_rng(0).integers(0, 847, (30, 30))
+    counts = count_photo(labels, labels, 847)
+    piece = PieceCounts(counts, np.array([1.0, np.nan]), ["", "broken \N{SNOWMAN}"])
+    write_piece(path, "stamp", piece)
+    found = read_piece(path, "stamp", 847, 2)
+    np.testing.assert_array_equal(found.counts.confusion, counts.confusion)
+    np.testing.assert_array_equal(found.counts.boundary, counts.boundary)
+    assert found.errors == piece.errors
+    assert read_piece(path, "other", 847, 2) is None
+    assert read_piece(path, "stamp", 846, 2) is None
+    assert read_piece(path, "stamp", 847, 3) is None
+    content = path.read_bytes()
+    for size in range(0, len(content), 97):
+        path.write_bytes(content[:size])
+        assert read_piece(path, "stamp", 847, 2) is None
