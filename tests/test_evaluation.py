@@ -16,8 +16,8 @@ from pixelclip.evaluation import metrics
 from pixelclip.evaluation.datasets import dataset_names, load_folder
 from pixelclip.evaluation.evaluate import evaluate, with_background
 from pixelclip.evaluation.protocols import SUITES, published, settings_and_departures
-from pixelclip.evaluation.report import write_json
 from pixelclip.evaluation.table import Row, cells, markdown, our_rows
+from pixelclip.images import write_json
 from pixelclip.segmenter import Segmenter
 from tests.tiny import photo, tiny_vit
 

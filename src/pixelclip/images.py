@@ -1,6 +1,7 @@
 """Photos in, label maps and overlays out: formats, limits, colours."""
 
 import io
+import json
 import math
 import threading
 import warnings
@@ -277,6 +278,16 @@ def write_bytes(path: Path, content: bytes) -> None:
             part.write_bytes(content)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a document as JSON, whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "replace"))  # names of files may be no text
 
 
 def check_writable(folder: Path) -> None:

@@ -16,7 +16,7 @@ from pixelclip.backbones import Backbone, load_backbone
 from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
 from pixelclip.files import printable
-from pixelclip.images import check_writable, for_overlay, load_photo, write_bytes
+from pixelclip.images import check_writable, for_overlay, load_photo, write_json
 from pixelclip.jobs.run import Summary, make_crew, run
 from pixelclip.jobs.work import Do, Outcome, Piece, cut
 from pixelclip.output import (
@@ -284,8 +284,7 @@ def _write_manifest(
     }
     if summary is not None:
         document |= {"new": summary.new, "kept": summary.kept, "failed": _failures(summary)}
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    write_bytes(folder / MANIFEST, f"{text}\n".encode())
+    write_json(folder / MANIFEST, document)
 
 
 def _failures(summary: Summary) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from pixelclip.errors import PixelClipError
 from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.evaluate import evaluate
 from pixelclip.evaluation.report import Report
-from pixelclip.images import write_bytes
+from pixelclip.images import write_json
 from pixelclip.jobs.run import make_crew
 from pixelclip.masks.generate import FromPixels, MadeBy, generate
 from pixelclip.masks.sources import described, find_source, source_settings
@@ -172,7 +172,7 @@ def _train(grid: Grid, cell: Cell) -> tuple[dict[str, object] | None, bool]:
         "not_used": summary.failed,
         "weights": _file_hash(model),
     }
-    _write_json(path, {"asked": asked(grid, cell), "trained": known})
+    write_json(path, {"asked": asked(grid, cell), "trained": known})
     return known, True
 
 
@@ -250,7 +250,7 @@ def _evaluation(model: Model, dataset: SegmentationDataset) -> tuple[Report, boo
     with progress_bar(quiet=grid.quiet) as bar:
         task = bar.add_task(dataset.name, total=len(dataset.pairs))
         report = evaluate(segmenter, dataset, lambda: bar.advance(task))
-    _write_json(path, {"asked": wanted, "departures": departures, "report": report})
+    write_json(path, {"asked": wanted, "departures": departures, "report": report})
     return report, True
 
 
@@ -272,12 +272,3 @@ def _bytes(path: Path) -> int:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, document: object) -> None:
-    """Write JSON, whole or not at all.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    write_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())

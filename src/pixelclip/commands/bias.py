@@ -55,7 +55,6 @@ def bias_command(
     Tries synonyms, plurals and templates, adds names of things that are nearly a class, and lists
     what is confused. Writes report.json, report.md and pictures.
     """
-    import json
     import sys
 
     from pixelclip.backbones import load_backbone
@@ -65,7 +64,7 @@ def bias_command(
     from pixelclip.evaluation.vocabulary_files import check_plots, markdown, write_pictures
     from pixelclip.evaluation.vocabulary_report import report as make_report
     from pixelclip.evaluation.wordings import load_thesaurus, make_wordings
-    from pixelclip.images import check_writable, write_bytes
+    from pixelclip.images import check_writable, write_bytes, write_json
     from pixelclip.progress import hush, progress_bar
 
     hush(quiet)
@@ -88,8 +87,7 @@ def bias_command(
         task = bar.add_task(dataset.name, total=len(dataset.pairs))
         counted = count_vocabularies(vocabularies, dataset, lambda: bar.advance(task))
     report = make_report(vocabularies, dataset, counted)
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    write_bytes(output / "report.json", f"{text}\n".encode())
+    write_json(output / "report.json", report)
     page = markdown(report)
     write_bytes(output / "report.md", page.encode())
     if not no_plots:

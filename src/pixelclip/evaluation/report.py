@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -156,16 +155,6 @@ def _percent(share: float) -> float:
 def _by_name(classes: Sequence[str], shares: Float[np.ndarray, " K"]) -> dict[str, float | None]:
     pairs = zip(classes, shares.tolist(), strict=True)
     return {name: None if np.isnan(share) else _percent(share) for name, share in pairs}
-
-
-def write_json(path: Path, document: object) -> None:
-    """Write a document as JSON, whole or not at all.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_classes(path: Path, report: Report) -> None:

@@ -18,7 +18,6 @@ from pixelclip.evaluation.report import (
     write_classes,
     write_confusion,
     write_csv,
-    write_json,
 )
 from pixelclip.evaluation.sheet import write_sheet
 from pixelclip.evaluation.table import (
@@ -30,7 +29,7 @@ from pixelclip.evaluation.table import (
     published_rows,
     row_name,
 )
-from pixelclip.images import write_bytes
+from pixelclip.images import write_bytes, write_json
 from pixelclip.segmenter import Segmenter
 
 

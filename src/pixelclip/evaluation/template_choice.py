@@ -10,7 +10,6 @@ feature per class from its own templates (`--templates FILE`) costs nothing and 
 its scores are compared across templates, and on stuff classes it lost (docs/bias.md).
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from pixelclip.backbones.pixels import squash, to_pixels
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.images import write_bytes
+from pixelclip.images import write_json
 from pixelclip.photos import Photo, at_hand
 from pixelclip.segmenter import Prepared, Segmenter
 from pixelclip.upsample import Axis, upsampled_confidence
@@ -248,5 +247,4 @@ def write_choice(
             **settings.model_dump(),
         },
     }
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    write_bytes(path, f"{text}\n".encode())
+    write_json(path, document)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pixelclip.errors import DataError, visible
 from pixelclip.files import replacing
-from pixelclip.images import write_bytes
+from pixelclip.images import write_json
 from pixelclip.masks.details import details_text, parse_details
 from pixelclip.masks.names import photo_name
 from pixelclip.masks.records import Size, check_size, masks_of, parse_json, read_json
@@ -141,8 +141,7 @@ def write_manifest(folder: Path, manifest: dict[str, object]) -> None:
         DataError: the folder cannot be written.
     """
     document = {"format": FORMAT, "version": VERSION, **manifest}
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    write_bytes(folder / MANIFEST, f"{text}\n".encode())
+    write_json(folder / MANIFEST, document)
 
 
 def shard_path(folder: Path, index: int) -> Path:
