@@ -8,15 +8,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pixelclip.errors import DataError
-from pixelclip.files import replacing
 from pixelclip.jobs.work import Piece
 from pixelclip.masks.names import photo_name
-from pixelclip.masks.store import MANIFEST, read_manifest, write_manifest
+from pixelclip.masks.store import (
+    MANIFEST,
+    read_manifest,
+    read_names,
+    write_manifest,
+    write_names,
+)
 from pixelclip.photos import Photo
 
 try:
@@ -27,7 +30,6 @@ except ImportError:  # Windows
 PACKAGES = ("pixelclip", "numpy", "pillow", "scikit-image", "torch", "timm", "transformers",
             "pyarrow")  # fmt: skip
 MAX_SHARDS = 10**6  # of a store; each is looked for
-MAX_NAME = 2**12  # bytes per photo of a round, on average
 MIN_SHARD, MAX_SHARD, SHARDS = 8, 256, 64  # photos, photos, and how many where these allow it
 
 
@@ -88,7 +90,7 @@ def claim(
             first = rounds[-1].shards().stop if rounds else 0
             names = sorted(left)
             rounds.append(_new_round(names, shard_size, first))
-            _write_names(out, rounds[-1], names)
+            write_names(_names_path(out, rounds[-1]), names)
             listed = [one.model_dump() for one in rounds]
             write_manifest(out, {**made_by, "rounds": listed})
             pieces += _pieces(rounds[-1], names, left)
@@ -138,15 +140,6 @@ def _names_path(out: Path, one: Round) -> Path:
     return out / f"photos-{one.first_shard:05d}.parquet"
 
 
-def _write_names(out: Path, one: Round, names: list[str]) -> None:
-    path = _names_path(out, one)
-    try:
-        with replacing(path) as part:
-            pq.write_table(pa.table({"photo": names}), part, compression="zstd")
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def _read_names(out: Path, one: Round) -> list[str]:
     """The photos of a round, sorted.
 
@@ -154,17 +147,9 @@ def _read_names(out: Path, one: Round) -> list[str]:
         DataError: they are not those that the manifest tells.
     """
     path = _names_path(out, one)
-    try:
-        with pq.ParquetFile(path) as file:
-            groups = map(file.metadata.row_group, range(file.num_row_groups))
-            size = sum(group.total_byte_size for group in groups)
-            if file.metadata.num_rows != one.photos or size > MAX_NAME * one.photos:
-                raise ValueError("other photos than the manifest says")
-            names: list[str] = file.read(["photo"])["photo"].to_pylist()
-        if _sha256(names) != one.photos_sha256:
-            raise ValueError("other photos than the manifest says")
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    names = read_names(path, one.photos)
+    if _sha256(names) != one.photos_sha256:
+        raise DataError(f"{path} is damaged: other photos than the manifest says")
     return names
 
 

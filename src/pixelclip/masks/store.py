@@ -25,6 +25,7 @@ MANIFEST = "masks.json"
 MAX_MANIFEST_BYTES = 2**26  # 100,000 rounds
 MAX_GROUP_BYTES = 2**27
 MAX_ROWS, MAX_NAME_BYTES = 10**6, 2**27  # of a shard
+MAX_NAME = 2**12  # bytes per photo in a list of names, on average
 FAILURES = b"pixelclip-failures"
 MAX_FAILURE_BYTES, MAX_LINE = 2**26, 1000  # of all failures of a shard; characters of one
 ROW_GROUP = 4  # photos; to look one up, this many are read
@@ -297,6 +298,39 @@ def _masks(
     if len(stored.counts) != len(stored.scores):
         raise DataError(f"{path} is damaged: row {row} has not one score per mask")
     return masks_of(stored.counts, stored.scores, size, path, details=details)
+
+
+def write_names(path: Path, names: Sequence[str]) -> None:
+    """Write the names of photos, whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as part:
+            pq.write_table(pa.table({"photo": names}), part, compression="zstd")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_names(path: Path, count: int) -> list[str]:
+    """The names of so many photos.
+
+    Raises:
+        DataError: the file is damaged, or has another number of them.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            size = sum(group.total_byte_size for group in groups)
+            if file.metadata.num_rows != count or size > MAX_NAME * count:
+                raise ValueError("other photos than the manifest says")
+            names: list[str] = file.read(["photo"])["photo"].to_pylist()
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("its names are no texts")
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    return names
 
 
 @contextmanager
