@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pixelclip.ablation.plan import make_cells, parse_vary, plan_names, read_plan
-from pixelclip.ablation.table import Result, Table, panels
+from pixelclip.ablation.plot import LONGEST_LABEL, _short
+from pixelclip.ablation.table import Result, Table, markdown, panels
 from pixelclip.ablation.work import ablate
 from pixelclip.backbones import load_backbone, save_backbone
 from pixelclip.config import SegmentConfig
@@ -151,6 +152,7 @@ def test_the_papers_components_are_rows_in_both_sizes(given, tmp_path):
         ("images=nowhere", "no such photo or folder: nowhere"),
         ("templates=name,nowhere", "templates=nowhere: .*nowhere"),
         ("train_templates=nowhere", "nowhere"),
+        ("momentum=" + ",".join(f"0.{i}" for i in range(501)), "1002 runs; the limit is 1000"),
         ("class_vectors=words", None),
     ],
 )
@@ -292,6 +294,50 @@ def test_without_matplotlib_one_line_says_what_to_install(given, tmp_path, monke
         ablate(make_plan(given, "k=3"), tmp_path / "out", device="cpu")
 
 
+def seeded(label, value, mious, seeds=(0, 1)):
+    """Rows of one value that differ in their seed."""
+    return [
+        Result(f"{label}={str(value).lower()}, seed={seed}", "", {label: value, "seed": seed},
+               figures={"garden": {"miou": miou}})
+        for seed, miou in zip(seeds, mious, strict=True)
+    ]  # fmt: skip
+
+
+def test_a_line_goes_from_the_lowest_number_to_the_highest():
+    rows = [
+        *seeded("k", 256, (1.0, 2.0)),
+        *seeded("k", 16, (3.0, 4.0)),
+        *seeded("k", 64, (5.0, 6.0)),
+    ]
+    drawn = panels(Table("t", ("garden",), (2,), tuple(rows), {}))
+    assert [bar.label for bar in drawn.bars] == ["16", "64", "256"]
+    assert [bar.values for bar in drawn.bars] == [[[3.0, 4.0]], [[5.0, 6.0]], [[1.0, 2.0]]]
+
+
+def test_bars_say_what_is_varied():
+    rows = [*seeded("fix", True, (1.0, 2.0)), *seeded("fix", False, (3.0, 4.0))]
+    drawn = panels(Table("t", ("garden",), (2,), tuple(rows), {}))
+    assert [bar.label for bar in drawn.bars] == ["fix=true", "fix=false"]
+
+
+def test_the_table_has_means_and_deviations_over_seeds():
+    base = Result("not adapted", "not adapted", {}, is_baseline=True,
+                  figures={"garden": {"miou": 2.5}})  # fmt: skip
+    rows = (base, *seeded("k", 16, (3.0, 5.0)), *seeded("k", 64, (6.0,), (0,)))
+    text = markdown(Table("t", ("garden",), (2,), rows, {"model": "mini", "protocol": "default"}))
+    for line in ("| not adapted | 2.50 |", "| k=16 | 4.00 ± 1.41 (2) |", "| k=64 | 6.00 |"):
+        assert line in text.splitlines()
+    one = markdown(Table("t", ("garden",), (2,), (base,), {"model": "mini", "protocol": "d"}))
+    assert "over seeds" not in one
+
+
+def test_long_names_are_cut_where_they_do_not_differ():
+    one, other = (_short(f"masks=/a/long/way/through/many/folders/to/{n}") for n in ("one", "two"))
+    assert one != other
+    assert one.endswith("/one")
+    assert len(one) <= LONGEST_LABEL
+
+
 # Resuming
 
 
@@ -320,7 +366,7 @@ def test_a_killed_grid_goes_on_to_the_same_table(given, made, tmp_path):
     code, text = run(arguments, log, signal_at=at)
     assert code == -signal.SIGKILL, text
     assert (out / "runs/num_clusters=3.json").exists()
-    assert not (out / "runs/num_clusters=4.json").exists()
+    assert "trained" not in json.loads((out / "runs/num_clusters=4.json").read_text())
     before = times(out / "runs/num_clusters=3")
     code, text = run(arguments, log)
     assert code == 0, text
@@ -344,6 +390,36 @@ def test_an_interrupt_ends_the_step_and_the_same_command_goes_on(given, tmp_path
     code, text = run(arguments, log)
     assert code == 0, text
     assert rows(out)["num_clusters=3"]["figures"].keys() == {"garden", "street"}
+
+
+def test_a_grid_killed_in_an_evaluation_or_between_goes_on_to_the_same_figures(
+    given, made, tmp_path
+):
+    places = [("evaluations/num_clusters=3/", 6), ("runs/num_clusters=4/", 1)]
+    for number, (part, count) in enumerate(places):
+        out, log = tmp_path / f"out{number}", tmp_path / "log"
+        arguments = command(given, out, "k=3,4")
+        code, text = run(arguments, log, signal_at=(signal.SIGKILL, f"{out}/{part}", count))
+        assert code == -signal.SIGKILL, text
+        plan = make_plan(given, "k=3,4")
+        ablate(plan, out, device="cpu", plot=False)
+        expected = {label: row["figures"] for label, row in rows(made).items()}
+        assert {label: row["figures"] for label, row in rows(out).items()} == expected
+
+
+def test_an_unfinished_run_of_other_settings_is_refused_before_any_training(given, made, tmp_path):
+    out = shutil.copytree(made, tmp_path / "out")
+    path = out / "runs/num_clusters=3.json"
+    document = json.loads(path.read_text())
+    del document["trained"]
+    path.write_text(json.dumps(document))
+    plan = make_plan(given, "k=3,4,5", settings={**given["settings"], "steps": 3})
+    for name in ("num_clusters=4.json", "num_clusters=4"):
+        gone = out / "runs" / name
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    with pytest.raises(ConfigError, match="holds another ablation: steps was 2, now 3"):
+        ablate(plan, out, device="cpu")
+    assert not (out / "runs/num_clusters=5").exists()
 
 
 def test_other_settings_are_refused_and_the_table_stays(given, made):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from pixelclip.backbones import weights_hash
-from pixelclip.backbones.dino import load_dense
+from pixelclip.backbones.dino import DINO, dino_of, load_dense
 from pixelclip.errors import ConfigError, ModelError
 from tests.towers import SMALL_VIT, TOWERS, save_tower, tower
 
@@ -107,7 +107,7 @@ def write_config(folder: Path, **changes: object) -> Path:
         ("vit_small_patch16_224.dono", r"no model.*nearest: vit_small_patch16_224\.dino"),
         ("nosuchmodel", r"timm has no model 'nosuchmodel'"),
         ("", "no model name"),
-        ("vit_small_patch16_224.dino", r"no network.*checkpoint, or take mini"),
+        ("vit_small_patch16_224.dino", r"no network.*give a weight file of it, or a folder"),
         ("hf-hub:timm/dino", r"cannot fetch timm/dino/config.json: no network"),
         ("hf-hub:/", r"cannot fetch|has no"),
     ],
@@ -177,7 +177,7 @@ def test_weights_that_are_missing_or_do_not_fit_are_refused(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="has no weights"):
         load_dense(str(folder), device="cpu")
-    with pytest.raises(ModelError, match="cannot read"):
+    with pytest.raises(ModelError, match="has no config"):
         load_dense(str(tmp_path), device="cpu")
 
 
@@ -190,3 +190,25 @@ def test_a_model_for_one_size_only_is_refused(tmp_path):
 def test_an_unknown_device_is_refused():
     with pytest.raises(ConfigError, match="unknown device"):
         load_dense(device="tpu")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch16_224",
+        "vit_small_patch8_224",
+        "vit_base_patch16_224",
+        "vit_base_patch8_224",
+    ],
+)
+def test_a_file_tells_which_of_dinos_models_it_is_of(name, tmp_path):
+    model = timm.create_model(f"{name}.dino", depth=1, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "dino.pth")
+    assert dino_of(tmp_path / "dino.pth") == f"{name}.dino"
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    assert dino_of(tmp_path / "other.pth") == DINO
+
+
+def test_a_folder_of_something_else_is_one_line(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json; give a folder that timm has saved"):
+        load_dense(str(tmp_path), device="cpu")

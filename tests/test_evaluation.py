@@ -153,7 +153,9 @@ def test_every_preset_has_settings_for_every_data_set(dataset):
     config, departures = settings_and_departures("sliding", {}, replace(plain, name="cityscapes"))
     assert (config.window, config.overlap, config.short_side) == (224, 0.5, 560)
     assert config.background == "none"
-    with_background = replace(plain, classes=("background", "b", "c"), expected=9)
+    with_background = replace(
+        plain, classes=("background", "b", "c"), lacking=("3 photos were found; the set has 9",)
+    )
     config, departures = settings_and_departures("sliding", {}, with_background)
     assert (config.background, config.threshold, config.short_side) == ("threshold", 0.1, 336)
     assert departures[-1] == "3 photos were found; the set has 9"

@@ -1,6 +1,7 @@
 """Naming of given masks: what stands for a mask, and the figures."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
 from pixelclip.evaluation.datasets import SegmentationDataset, load_folder
 from pixelclip.evaluation.maskclass import (
-    as_table,
     classify_masks,
     crop_side,
     mask_embeddings,
+    photos_of,
     true_classes,
 )
+from pixelclip.evaluation.maskclass_report import as_table
 from pixelclip.masks.annotations import open_masks
 from pixelclip.masks.runs import from_labels, from_masks
 from pixelclip.masks.superpixels import Superpixels
@@ -49,6 +51,35 @@ def dataset(tmp_path) -> SegmentationDataset:
         labels[height // 2 :, width // 2 :] = index
         Image.fromarray(labels).save(tmp_path / f"set/labels/{index}.png")
     return load_folder(tmp_path / "set")
+
+
+def decoded(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Maps [K, h, w] up-sampled to pixels one by one: cell centres, border cells go on outwards."""
+    maps = np.zeros((len(grid), height, width))
+    for y in range(height):
+        for x in range(width):
+            down = min(max((y + 0.5) * grid.shape[1] / height - 0.5, 0), grid.shape[1] - 1)
+            right = min(max((x + 0.5) * grid.shape[2] / width - 0.5, 0), grid.shape[2] - 1)
+            top, left = int(down), int(right)
+            bottom, beyond = min(top + 1, grid.shape[1] - 1), min(left + 1, grid.shape[2] - 1)
+            upper = grid[:, top, left] * (1 - right + left) + grid[:, top, beyond] * (right - left)
+            lower = grid[:, bottom, left] * (1 - right + left)
+            lower = lower + grid[:, bottom, beyond] * (right - left)
+            maps[:, y, x] = upper * (1 - down + top) + lower * (down - top)
+    return maps
+
+
+def test_pooled_is_the_mean_over_pixels_of_cosines_upsampled_by_hand(segmenter):
+    image = np.asarray(photo(64, 64))  # of whole cells, so that the grid covers just the photo
+    prepared = segmenter.prepare(image)
+    features = segmenter.grid_features(prepared)
+    cosines = (features @ segmenter.text.T).permute(2, 0, 1).numpy().astype(np.float64)
+    maps = decoded(cosines, 64, 64)
+    draw = np.random.default_rng(0)
+    masks = np.kron(draw.random((5, 16, 16)) < 0.3, np.ones((1, 4, 4))).astype(bool)  # they overlap
+    embeddings = mask_embeddings(segmenter, image, from_masks(masks)) @ segmenter.text.T
+    for embedding, mask in zip(embeddings, masks, strict=True):
+        np.testing.assert_allclose(embedding, maps[:, mask].mean(axis=1), atol=2e-6)
 
 
 def test_pooled_is_the_mean_feature_of_the_pixels(segmenter):
@@ -116,6 +147,11 @@ def test_the_class_of_a_mask_is_that_of_most_of_its_labelled_pixels():
     assert true_classes(from_masks(masks), truth, 2).tolist() == [1, 0, 2, 2]
 
 
+def test_of_classes_with_as_many_pixels_the_first_is_the_mask_s():
+    truth = np.array([[1, 1, 0, 0]])
+    assert true_classes(from_masks(np.ones((1, 1, 4), dtype=bool)), truth, 2).tolist() == [0]
+
+
 def slow_precision(truth: list[bool], scores: list[float]) -> float:
     """Mean over the true ones of the precision at their score; equal scores count together."""
     total = 0.0
@@ -142,7 +178,7 @@ def test_figures_equal_those_by_hand(segmenter, dataset):
             probabilities.append([term / sum(terms) for term in terms])
             matrix[value, tops[-1]] += (labels == value).sum()
     hits = [a == b for a, b in zip(truths, tops, strict=True)]
-    assert report.masks == len(truths) == 6
+    assert report.num_masks == len(truths) == 6
     assert report.accuracy == pytest.approx(100 * sum(hits) / 6, abs=1e-3)
     per_class, precision, ious = [], [], []
     for k in range(3):
@@ -152,7 +188,8 @@ def test_figures_equal_those_by_hand(segmenter, dataset):
         precision.append(slow_precision([truth == k for truth in truths], scores))
         ious.append(matrix[k, k] / (matrix[k].sum() + matrix[:, k].sum() - matrix[k, k]))
         assert report.per_class[CLASSES[k]] == pytest.approx(
-            (100 * per_class[-1], 100 * precision[-1]), abs=1e-3
+            {"masks": len(own), "accuracy": 100 * per_class[-1], "ap": 100 * precision[-1]},
+            abs=1e-3,
         )
     assert report.per_class["sky"] is None
     assert report.mean_accuracy == pytest.approx(100 * sum(per_class) / 3, abs=1e-3)
@@ -174,8 +211,16 @@ class Truth:
 
 def test_masks_of_a_reader_count_where_labels_are(segmenter, dataset, tmp_path):
     report = classify_masks(segmenter, dataset, masks=Truth(tmp_path / "set/labels"))
-    assert (report.masks, report.left_out, report.photos) == (4, 2, 3)
-    assert report.settings["masks"] == "Truth"
+    assert (report.num_masks, report.left_out, report.photos) == (4, 2, 2)
+    assert report.masks == "Truth"
+
+
+def test_photos_that_nobody_made_masks_of_are_failed_not_wrong(segmenter, dataset, tmp_path):
+    report = classify_masks(segmenter, dataset, masks=Truth(tmp_path / "set/labels"))
+    assert len(report.failed) == 1
+    assert "2.png has no masks in" in report.failed[0]
+    two = replace(dataset, pairs=dataset.pairs[:2])
+    assert classify_masks(segmenter, two).miou == report.miou
 
 
 def test_label_maps_as_masks_give_what_the_true_regions_give(segmenter, dataset, tmp_path):
@@ -199,14 +244,15 @@ def test_empty_masks_are_nothing(segmenter, dataset, tmp_path, variant):
     reader = WithEmpty(tmp_path / "set/labels")
     with_empty = classify_masks(segmenter, dataset, masks=reader, variant=variant)
     without = classify_masks(segmenter, dataset, variant=variant)
-    assert (with_empty.masks, with_empty.left_out) == (without.masks, 0)
+    assert (with_empty.num_masks, with_empty.left_out) == (without.num_masks, 0)
     assert with_empty.per_class == without.per_class
 
 
 def test_masks_of_a_source_are_made_of_the_photos(segmenter, dataset):
     report = classify_masks(segmenter, dataset, masks=Superpixels())
-    assert report.masks > 3
-    assert report.settings["mask_settings"]["threshold"] == 0.85
+    assert report.num_masks > 3
+    assert report.settings["masks"]["threshold"] == 0.85
+    assert classify_masks(segmenter, dataset, masks="superpixels").per_class == report.per_class
 
 
 def test_variants_differ_and_stand_in_the_table(segmenter, dataset):
@@ -216,7 +262,7 @@ def test_variants_differ_and_stand_in_the_table(segmenter, dataset):
     ]
     table = as_table(reports).splitlines()
     assert len(table) == 5
-    assert table[0].startswith("| data set | model | masks | variant | number | accuracy |")
+    assert table[0].startswith("| data set | model | masks | variant | number | left out | accur")
     assert [line.split(" | ")[3] for line in table[2:]] == ["pooled", "crop", "masked-crop"]
     assert len({line.split(" | ", 4)[4] for line in table[2:]}) > 1
     assert reports[1].settings["crop_side"] == 64
@@ -248,3 +294,37 @@ def test_wrong_arguments_are_named(segmenter, dataset, tiny_vit):
     others = Segmenter(tiny_vit, ["cat"], config=CONFIG, cache=False)
     with pytest.raises(ConfigError, match="the segmenter's classes are not those of set"):
         classify_masks(others, dataset)
+
+
+def test_photos_are_named_below_the_folder_that_all_lie_in(dataset):
+    assert [photo.stem.as_posix() for photo in photos_of(dataset)] == ["0", "1", "2"]
+    folder = dataset.pairs[0][0].parent
+    pairs = tuple(
+        (folder / place / "a.png", folder / "a.png") for place in ("ulm", "bonn/east", "ulm/b")
+    )
+    named = photos_of(replace(dataset, pairs=pairs))
+    assert [photo.stem.as_posix() for photo in named] == ["ulm/a", "bonn/east/a", "ulm/b/a"]
+
+
+class UpperHalf:
+    """A reader of one mask, which covers the upper half of each photo."""
+
+    def __call__(self, photo, size):
+        return from_masks((np.arange(size[0]) < size[0] // 2)[None, :, None].repeat(size[1], 2))
+
+
+@pytest.mark.parametrize("third", ["grass", "background"])
+def test_under_no_mask_is_background_where_the_data_set_has_it(tiny_vit, dataset, third):
+    own = replace(dataset, classes=("cat", "dog", third, "sky"), pairs=dataset.pairs[2:])
+    segmenter = Segmenter(tiny_vit, own.classes, config=CONFIG, cache=False)
+    image, labels = (np.asarray(Image.open(path)) for path in own.pairs[0])
+    embedding = mask_embeddings(segmenter, image, UpperHalf()(None, labels.shape))[0]
+    painted = np.full(labels.shape, 2 if third == "background" else -1)
+    painted[: len(labels) // 2] = int((segmenter.text @ embedding).argmax())
+    ious = []
+    for k in np.unique(labels[labels != 255]):
+        is_true, is_found = labels == k, (painted == k) & (labels != 255)
+        ious.append((is_true & is_found).sum() / (is_true | is_found).sum())
+    report = classify_masks(segmenter, own, masks=UpperHalf())
+    assert report.miou == pytest.approx(100 * float(np.mean(ious)), abs=1e-3)
+    assert (report.miou > 0) == (third == "background")

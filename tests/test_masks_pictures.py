@@ -33,8 +33,8 @@ from pixelclip.masks.pictures import (
     OPACITY,
     contact_sheet,
     draw_masks,
-    evenly_spaced,
     load_small,
+    shown_photos,
 )
 from pixelclip.masks.runs import PhotoMasks, from_labels, from_masks
 from pixelclip.overlay import palette
@@ -234,14 +234,14 @@ def test_photos_elsewhere_are_fetched(tmp_path):
 
 def test_chosen_photos_are_evenly_spaced_first_and_last_included():
     photos = [Photo(Path(f"{i}.jpg"), Path(f"{i}")) for i in range(101)]
-    assert [photo.stem.name for photo in evenly_spaced(photos, 5, 256)] == [
+    assert [photo.stem.name for photo in shown_photos(photos, 5, 256)] == [
         "0", "25", "50", "75", "100"
     ]  # fmt: skip
-    assert evenly_spaced(photos[:3], 24, 256) == photos[:3]
+    assert shown_photos(photos[:3], 24, 256) == photos[:3]
     with pytest.raises(DataError, match="no photos to show"):
-        evenly_spaced([], 5, 256)
+        shown_photos([], 5, 256)
     with pytest.raises(ConfigError, match="a sheet of 101 photos, 1024 pixels each, is too large"):
-        evenly_spaced(photos, 500, 1024)
+        shown_photos(photos, 500, 1024)
 
 
 # Text

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from pixelclip.backbones import save_backbone
+from pixelclip.backbones.means import Means
 from pixelclip.config import SegmentConfig
-from pixelclip.job import Means, SegmentWork
+from pixelclip.job import SegmentWork
 from pixelclip.jobs.work import Piece
 from pixelclip.output import Output
 from pixelclip.photos import Photo
@@ -189,8 +190,8 @@ def test_photos_are_read_from_any_place_that_fsspec_knows(run, model, photos):  
 
 
 def test_a_photo_that_changes_while_it_is_segmented_is_made_again(model, photos):  # noqa: F811
-    means = Means(str(model), None, "cpu", "pixelclip", SegmentConfig())
-    do = SegmentWork(means, (WORDS[1],), Output(Path("out"))).start()
+    means = Means(str(model), device="cpu")
+    do = SegmentWork(means, SegmentConfig(), (WORDS[1],), Output(Path("out"))).start()
     first, second = (Photo(photos / f"{n}.png", Path(f"{n}")) for n in (0, 4))
     doing = do(Piece(0, (first, second)))
     assert next(doing).photo == first  # both are read by now

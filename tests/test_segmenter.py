@@ -145,7 +145,7 @@ def test_windowed_features_are_tapered_means_of_the_windows(backbone):
                     near_x = min(x + 1, features.shape[1] - x)
                     total[row + y, column + x] += features[y, x] * near_y * near_x
                     weight[row + y, column + x] += near_y * near_x
-    bands = torch.cat(list(segmenter._bands(segmenter.prepare(image))))
+    bands = segmenter.grid_features(segmenter.prepare(image))
     torch.testing.assert_close(bands, total / weight, atol=1e-5, rtol=0)
 
 
@@ -153,7 +153,7 @@ def test_a_photo_cut_into_blocks_equals_one_block(backbone, monkeypatch):
     image = photo(330, 210)
     segmenter = make(backbone, short_side=210, window=96)
     whole = segmenter(image, confidence=True, scores=True)
-    monkeypatch.setattr("pixelclip.segmenter.PIXELS_PER_BLOCK", 330 * 40)
+    monkeypatch.setattr("pixelclip.labelling.PIXELS_PER_BLOCK", 330 * 40)
     blocks = segmenter(image, confidence=True, scores=True)
     np.testing.assert_array_equal(whole.labels, blocks.labels)
     np.testing.assert_allclose(whole.scores, blocks.scores, atol=1e-6)

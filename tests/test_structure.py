@@ -13,11 +13,13 @@ LEVELS = {
     "checkpoint": 1, "upsample": 1, "overlay": 1, "rings": 1, "segmentation": 2,
     "jobs": 2, "backbones": 2, "plan": 2,
     "vocabulary": 3, "hub": 3, "masks": 3,
-    "segmenter": 4, "training": 4,
-    "output": 5, "evaluation": 5,
-    "job": 6, "maskjob": 6, "evaljob": 6, "ablation": 6,
-    "commands": 7,
-    "cli": 8, "__main__": 9, "__init__": 9,
+    "labelling": 4,
+    "segmenter": 5, "training": 5,
+    "output": 6, "evaluation": 6,
+    "job": 7, "maskjob": 7, "evaljob": 7, "biasjob": 7, "ablation": 7,
+    "maskeval": 8,
+    "commands": 9,
+    "cli": 10, "__main__": 11, "__init__": 11,
 }  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

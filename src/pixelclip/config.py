@@ -26,6 +26,8 @@ class SegmentConfig(BaseModel):
         max_downscale: large photos keep at least one network pixel per so many photo pixels.
         window: network inputs larger than this, in pixels, are cut into overlapping windows.
         overlap: share of a window that the next one covers again.
+        join: how windows make one map: on the `grid` of features, with weights that fall towards
+            their border; or per network pixel (`pixels`), all alike, as mmsegmentation does.
         background: `none`; `threshold`: pixels less confident than `threshold` get no class;
             `names`: pixels won by one of `background_names` get no class.
         threshold: confidence in [0, 1] below which a pixel gets no class.
@@ -45,6 +47,7 @@ class SegmentConfig(BaseModel):
     max_downscale: float = Field(8.0, ge=1)
     window: int = Field(768, ge=64, le=8192)
     overlap: float = Field(0.25, ge=0, le=0.75)
+    join: Literal["grid", "pixels"] = "grid"
     background: Literal["none", "threshold", "names"] = "none"
     threshold: float = Field(0.3, ge=0, le=1)
     background_names: tuple[str, ...] = ()

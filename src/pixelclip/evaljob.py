@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from pixelclip.backbones import Backbone
+from pixelclip.backbones.means import Means
 from pixelclip.errors import ConfigError, DataError
 from pixelclip.evaluation.datasets import (
     SegmentationDataset,
@@ -17,17 +18,28 @@ from pixelclip.evaluation.datasets import (
     load_folder,
     read_spec,
 )
-from pixelclip.evaluation.entrants import Entrants, Means, Task
+from pixelclip.evaluation.entrants import Entrants, Task
 from pixelclip.evaluation.evaluate import compare
+from pixelclip.evaluation.maskclass import photos_of
 from pixelclip.evaluation.metrics import mean_iou, no_counts
-from pixelclip.evaluation.pieces import PieceCounts, read_piece, sum_pieces, write_piece
+from pixelclip.evaluation.pieces import (
+    PieceCounts,
+    read_piece,
+    sum_pieces,
+    worst_of,
+    write_piece,
+)
 from pixelclip.evaluation.protocols import protocol, settings_and_departures, suite
 from pixelclip.evaluation.report import Scores, Terms, make_report
 from pixelclip.evaluation.results import Result, Results, print_results, write_results
+from pixelclip.evaluation.rivals import check_rivals, departures_of
+from pixelclip.evaluation.sheet import small
 from pixelclip.images import check_writable
 from pixelclip.jobs.run import Crew, make_crew, run
 from pixelclip.jobs.work import Do, Outcome, Piece
-from pixelclip.photos import Photo
+from pixelclip.masks.refiner import MadeBefore, check_apart, find_masks, is_light
+from pixelclip.masks.sources import MASK_SOURCES
+from pixelclip.photos import Photo, evenly_spaced
 from pixelclip.workers import cores
 
 
@@ -36,15 +48,20 @@ class EvalJob:
     """What is asked for.
 
     Attributes:
-        means: model and device.
+        means: the model.
         data: plain folders.
         datasets: names of data sets below `root`.
         suite: name of a suite, its sets below `root`; None: none.
         root: where data sets are: each in a folder of its name, or all of them in this one.
         rivals: beside the model itself.
+        dino: tower of the rivals that need one: name, folder or weight file.
+        photos: at most so many of each data set, evenly spaced; None: all.
         preset: a protocol; None: the suite's, or default.
         settings: of the segmenter, over the protocol's; None: not given.
+        refine: masks of which each gets one class: the name of a source, or a file or folder of
+            masks of all data sets, or one with a folder for each, named like it; None: none.
         workers: processes; None: one, or as many as cores where models are small.
+        engine: `local`, or `ray`.
         output: folder for results and pieces; None: nothing is kept.
         json_file: for the figures; None: none.
         quiet: print errors only.
@@ -56,9 +73,13 @@ class EvalJob:
     suite: str | None = None
     root: Path | None = None
     rivals: tuple[str, ...] = ()
+    dino: str | None = None
+    photos: int | None = None
     preset: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    refine: str | None = None
     workers: int | None = None
+    engine: str = "local"
     output: Path | None = None
     json_file: Path | None = None
     quiet: bool = False
@@ -75,19 +96,22 @@ def run_eval_job(job: EvalJob) -> int:
     What a killed run has finished is kept in `output`; the figures are the same to the last bit.
 
     Returns:
-        0: all done; 1: photos failed or data sets are missing, they are listed.
+        0: all done; 1: photos failed, or data sets are missing or not whole; they are listed.
 
     Raises:
         PixelClipError: nothing could be done.
     """
-    _check(job)
-    datasets, missing = _datasets(job)
-    with _folder(job.output) as folder:
-        entrants = Entrants(job.means)
-        crew = _crew(job, entrants.backbone(), sum(len(it.dataset.pairs) for it in datasets))
-        tasks = _tasks(job, datasets, entrants, crew.threads, folder)
-        is_here = crew.workers == 1
-        work = EvalWork(job.means, tuple(tasks), entrants if is_here else None)
+    check_job(job)
+    datasets, missing = find_datasets(job)
+    datasets = [with_masks(chosen, job.refine) for chosen in datasets]
+    datasets = [thinned(chosen, job.photos) for chosen in datasets]
+    with pieces_folder(job.output) as folder:
+        entrants = Entrants(job.means, job.dino)
+        count = sum(len(it.dataset.pairs) for it in datasets)
+        crew = eval_crew(job, entrants.backbone(), count, light_masks=is_light(job.refine))
+        tasks = make_tasks(job, datasets, entrants, crew.threads, folder)
+        is_here = crew.engine == "local" and crew.workers == 1
+        work = EvalWork(job.means, job.dino, tuple(tasks), entrants if is_here else None)
         pieces = [
             Piece(task.first + number, tuple(Photo(photo, Path(photo.stem)) for photo, _ in pairs))
             for task in tasks
@@ -100,14 +124,16 @@ def run_eval_job(job: EvalJob) -> int:
     results = Results(tuple(found), sets, (*missing, *lost), with_published=bool(job.suite))
     write_results(results, job.output, job.json_file)
     print_results(results, quiet=job.quiet)
-    return 1 if results.missing or any(result.report["failed"] for result in found) else 0
+    has_failed = any(result.report["failed"] for result in found)
+    return 1 if results.missing or results.partial or has_failed else 0
 
 
-def _check(job: EvalJob) -> None:
+def check_job(job: EvalJob) -> None:
     """Make sure that the job makes sense and can be written, before the work."""
     if not (job.data or job.datasets or job.suite):
         raise ConfigError("nothing to evaluate on; give --data DIR, --dataset NAME or --suite NAME")
     protocol(job.protocol)
+    check_rivals(job.rivals, job.dino)
     named = bool(job.datasets or job.suite)
     if named != (job.root is not None):
         raise ConfigError(
@@ -115,6 +141,11 @@ def _check(job: EvalJob) -> None:
             if named
             else "--root goes with --dataset or --suite"
         )
+    if job.photos is not None and job.photos < 1:
+        raise ConfigError(f"--photos {job.photos}: at least 1 of each data set")
+    if job.engine == "ray" and job.output is None:
+        raise ConfigError("--engine ray needs -o, a folder that all machines of the cluster share")
+    check_apart(job.refine, job.output)
     if job.output is not None:
         check_writable(job.output)
     if job.json_file is not None:
@@ -125,13 +156,14 @@ def _check(job: EvalJob) -> None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A data set, and what is to be said of it in the results."""
+    """A data set, the masks of its photos, and what is to be said of it in the results."""
 
     dataset: SegmentationDataset
     notes: tuple[str, ...] = ()
+    masks: str | MadeBefore | None = None
 
 
-def _datasets(job: EvalJob) -> tuple[list[Chosen], list[str]]:
+def find_datasets(job: EvalJob) -> tuple[list[Chosen], list[str]]:
     """The data sets, and a line for each of the suite that is not there.
 
     Raises:
@@ -159,6 +191,35 @@ def _datasets(job: EvalJob) -> tuple[list[Chosen], list[str]]:
     return found, missing
 
 
+def with_masks(chosen: Chosen, refine: str | None) -> Chosen:
+    """A data set with the masks of its photos; a note says so.
+
+    Raises:
+        ConfigError: there is neither such a source nor such a path.
+        DataError: what lies there holds no masks, or none of these photos.
+    """
+    if refine is None:
+        return chosen
+    own = Path(refine) / chosen.dataset.name
+    where = own if refine not in MASK_SOURCES and own.exists() else refine
+    try:
+        masks = find_masks(where, photos_of(chosen.dataset))
+    except DataError as error:
+        raise DataError(f"{chosen.dataset.name}: {error}") from error
+    note = f"each mask of {refine} gets one class; the protocol says each pixel"
+    return replace(chosen, masks=masks, notes=(*chosen.notes, note))
+
+
+def thinned(chosen: Chosen, photos: int | None) -> Chosen:
+    """A data set with at most so many of its photos, evenly spaced; None: with all of them."""
+    pairs = chosen.dataset.pairs
+    if photos is None or photos >= len(pairs):
+        return chosen
+    said = f"{photos} of {chosen.dataset.expected or len(pairs)} photos, evenly spaced"
+    kept = replace(chosen.dataset, pairs=tuple(evenly_spaced(pairs, photos)), expected=None)
+    return replace(chosen, dataset=kept, notes=(*chosen.notes, said))
+
+
 def _below(job: EvalJob, name: str) -> Chosen:
     assert job.root is not None
     own = job.root / Path(name).stem
@@ -169,7 +230,7 @@ def _below(job: EvalJob, name: str) -> Chosen:
 
 
 @contextmanager
-def _folder(output: Path | None) -> Iterator[Path]:
+def pieces_folder(output: Path | None) -> Iterator[Path]:
     """Where pieces go."""
     if output is not None:
         yield output / "pieces"
@@ -178,14 +239,23 @@ def _folder(output: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _crew(job: EvalJob, backbone: Backbone, photos: int) -> Crew:
-    """Who does it; the threads are the same for any number of photos, sets and workers."""
-    is_light = backbone.card.family == "mini" and backbone.device.type == "cpu"
-    crew = make_crew(photos, job.workers, "local", is_light=is_light)
+def eval_crew(job: EvalJob, backbone: Backbone, photos: int, *, light_masks: bool = True) -> Crew:
+    """Who does it; the threads are the same for any number of photos, sets and workers.
+
+    Args:
+        job: what is asked for.
+        backbone: of the model itself.
+        photos: of all data sets.
+        light_masks: no large model makes masks of photos beside it.
+    """
+    is_mini = backbone.card.family == "mini" and backbone.device.type == "cpu"
+    is_light = is_mini and light_masks
+    gpu = backbone.device.type == "cuda"
+    crew = make_crew(photos, job.workers, job.engine, is_light=is_light, gpu=gpu)
     return crew._replace(threads=1 if is_light else cores())
 
 
-def _tasks(
+def make_tasks(
     job: EvalJob,
     datasets: Sequence[Chosen],
     entrants: Entrants,
@@ -198,9 +268,13 @@ def _tasks(
     tasks: list[Task] = []
     first = 0
     for rival in dict.fromkeys(["", *job.rivals]):
-        for data, notes in ((chosen.dataset, chosen.notes) for chosen in datasets):
-            config, departures = settings_and_departures(job.protocol, job.settings, data, notes)
-            task = Task(rival, data, config, tuple(departures), first)
+        for chosen in datasets:
+            data = chosen.dataset
+            config, departures = settings_and_departures(
+                job.protocol, job.settings, data, chosen.notes
+            )
+            departures += departures_of(rival)
+            task = Task(rival, data, config, tuple(departures), first, masks=chosen.masks)
             identity = entrants.identity(task, threads)
             own = folder / f"{data.name}-{rival or 'model'}-{identity[:12]}"
             tasks.append(replace(task, identity=identity, folder=own))
@@ -213,18 +287,20 @@ class EvalWork:
     """Pairs become counts in files.
 
     Attributes:
-        means: model and device.
+        means: the model.
+        dino: tower of the rivals that need one.
         tasks: in the order of their pieces.
         entrants: models that are loaded already.
     """
 
     means: Means
+    dino: str | None
     tasks: tuple[Task, ...]
     entrants: Entrants | None = None
 
     def start(self) -> Do:
         """A function that counts a piece; models are loaded but once."""
-        entrants = self.entrants or Entrants(self.means)
+        entrants = self.entrants or Entrants(self.means, self.dino)
         starts = [task.first for task in self.tasks]
 
         def do(piece: Piece) -> Iterator[Outcome]:
@@ -233,19 +309,21 @@ class EvalWork:
             pairs = task.pieces[number]
             stamp, path = task.stamp(pairs), task.path(number)
             known = read_piece(path, stamp, len(task.dataset.classes), len(pairs))
-            if known is not None:
+            if known is not None and not any(known.errors):  # what was wrong may be mended
                 for photo, error in zip(piece.photos, known.errors, strict=True):
                     yield Outcome(photo, error, is_new=False)
                 return
             counts, mious = no_counts(len(task.dataset.classes)), np.full(len(pairs), np.nan)
-            errors = [""] * len(pairs)
+            errors, maps = [""] * len(pairs), {}
             for item in compare(entrants.segmenter(task), task.dataset, pairs):
                 errors[item.number] = item.error
-                if item.counts is not None:
+                if item.counts is not None and item.labels is not None:
                     counts += item.counts
                     mious[item.number] = mean_iou(item.counts.confusion)
+                    maps[item.number] = small(item.labels)
                 yield Outcome(piece.photos[item.number], item.error)
-            write_piece(path, stamp, PieceCounts(counts, mious, errors))
+            drawn = {worst: maps[worst] for worst in worst_of(mious)}
+            write_piece(path, stamp, PieceCounts(counts, mious, errors, drawn))
 
         return do
 
@@ -271,18 +349,20 @@ def _results(
         except DataError as error:
             lost.append(str(error))
         else:
-            found.append(Result(report, scores, segmenter, task.dataset))
+            max_pixels = task.config.max_pixels
+            found.append(Result(report, scores, total.drawn, task.dataset, max_pixels))
     if not found:
         raise DataError(lost[0])
     return found, lost
 
 
 def _total(task: Task) -> PieceCounts:
-    pieces = []
-    for number, pairs in enumerate(task.pieces):
-        path = task.path(number)
-        piece = read_piece(path, task.stamp(pairs), len(task.dataset.classes), len(pairs))
-        if piece is None:
-            raise DataError(f"{path} has gone, or its photos changed meanwhile; run it again")
-        pieces.append(piece)
-    return sum_pieces(pieces)
+    def read() -> Iterator[PieceCounts]:
+        for number, pairs in enumerate(task.pieces):
+            path = task.path(number)
+            piece = read_piece(path, task.stamp(pairs), len(task.dataset.classes), len(pairs))
+            if piece is None:
+                raise DataError(f"{path} has gone, or its photos changed meanwhile; run it again")
+            yield piece
+
+    return sum_pieces(read())

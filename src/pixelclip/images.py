@@ -18,7 +18,7 @@ from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from pixelclip.errors import DataError
 from pixelclip.files import replacing
-from pixelclip.heads import png_without_pixels
+from pixelclip.heads import png_head, png_without_pixels
 
 MAX_PIXELS = 128_000_000
 OVERLAY_PIXELS = 16_000_000
@@ -328,7 +328,11 @@ def read_indices(path: Path) -> Shaped[np.ndarray, "H W"]:
     """
     modes = {"L", "P", "I", "I;16", "I;16B", "1"}
     labels = read_png(path, modes, "has several channels; a label map has one")
-    return labels.view(np.uint8) if labels.dtype == bool else labels
+    head = png_head(path)
+    if head.depth >= 8 or head.colour != 0:
+        return labels
+    # Pillow stretches grey of 1, 2 or 4 bits to 0 to 255: label 1 would be 255.
+    return labels.view(np.uint8) // np.uint8(255 // (2**head.depth - 1))
 
 
 def read_png(path: Path, modes: set[str], otherwise: str) -> Shaped[np.ndarray, "H W *C"]:

@@ -12,18 +12,21 @@ from typing import NamedTuple, cast
 
 from PIL import Image
 
-from pixelclip.backbones import Backbone, load_backbone
+from pixelclip.backbones import Backbone
+from pixelclip.backbones.means import Means
 from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
 from pixelclip.files import printable
 from pixelclip.images import check_writable, for_overlay, load_photo, write_json
 from pixelclip.jobs.run import Summary, make_crew, run
 from pixelclip.jobs.work import Do, Outcome, Piece, cut
+from pixelclip.masks.refiner import MadeBefore, Refiner, check_apart, find_masks
+from pixelclip.masks.refiner import is_light as has_light_masks
 from pixelclip.output import (
     Output,
     files_of,
-    identity_of,
     is_done,
+    output_identity,
     read_record,
     stamp_of,
     write_result,
@@ -42,49 +45,14 @@ SHOWN = 20
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # then no other photo can be written either
 
 
-@dataclass(frozen=True)
-class Means:
-    """What photos are segmented with; goes to worker processes.
-
-    Attributes:
-        model: name, weight file or run directory.
-        checkpoint: weights that replace the model's.
-        device: auto, cpu, cuda, cuda:N or mps.
-        attention: last block of a ViT.
-        config: settings of the segmenter.
-    """
-
-    model: str
-    checkpoint: Path | None
-    device: str
-    attention: str
-    config: SegmentConfig
-
-    def load(self) -> Backbone:
-        """The model.
-
-        Raises:
-            ModelError: it cannot be loaded.
-        """
-        return load_backbone(
-            self.model, checkpoint=self.checkpoint, device=self.device, attention=self.attention
-        )
-
-    def segmenter(self, backbone: Backbone, classes: str) -> Segmenter:
-        """Model and words.
-
-        Raises:
-            ConfigError: class names or settings are not usable.
-        """
-        return Segmenter(backbone, parse_classes(classes), config=self.config)
-
-
 def segment_photos(
     paths: Sequence[Path | str],
     *,
     classes: str | None,
     means: Means,
+    config: SegmentConfig,
     output: Output,
+    refine: str | None = None,
     workers: int | None = None,
     engine: str = "local",
 ) -> int:
@@ -95,8 +63,10 @@ def segment_photos(
     Args:
         paths: photos, folders, and places for fsspec (`s3://bucket/photos`).
         classes: for `parse_classes`.
-        means: model and settings.
+        means: the model.
+        config: settings of the segmenter.
         output: what is written and printed.
+        refine: masks of which each gets one class: the name of a source, a file or a folder.
         workers: processes; by default one, or with mini and many photos one per core.
         engine: `local`, or `ray`.
 
@@ -107,17 +77,22 @@ def segment_photos(
         PixelClipError: nothing could be done.
     """
     photos, words = _photos(paths, classes)
+    check_apart(refine, output.folder)
+    masks = None if refine is None else find_masks(refine, photos)
     backbone = means.load()
-    segmenters = {names: means.segmenter(backbone, names) for names in words}
+    segmenters = _segmenters(words, backbone, config, masks)
+    if output.scores:
+        segmenters[words[0]].check_scores()
     check_writable(output.folder)
     settings = segmenters[words[0]].description()
     manifest = {"model": backbone.card.name, "classes": words, "settings": settings}
     _write_manifest(output.folder, manifest, photos, None)
-    is_light = backbone.card.family == "mini" and backbone.device.type == "cpu"
+    is_mini = backbone.card.family == "mini" and backbone.device.type == "cpu"
+    is_light = is_mini and has_light_masks(refine)
     gpu = backbone.device.type == "cuda"
     crew = make_crew(len(photos), workers, engine, is_light=is_light, gpu=gpu)
     is_here = crew.engine == "local" and crew.workers == 1
-    work = SegmentWork(means, tuple(words), output, segmenters if is_here else None)
+    work = SegmentWork(means, config, tuple(words), output, masks, segmenters if is_here else None)
     if not is_here:
         del backbone, segmenters  # the workers have their own
     pieces = cut(photos, _piece_size(len(photos), len(words), crew.workers))
@@ -144,6 +119,17 @@ def _photos(
     return photos, tuple(own for _, own in samples) if classes is None else (classes,)
 
 
+def _segmenters(
+    words: Sequence[str], backbone: Backbone, config: SegmentConfig, masks: str | MadeBefore | None
+) -> dict[str, Segmenter]:
+    """A segmenter for each text of class names; they share the model, and that of the masks."""
+    refiner = None if masks is None else Refiner(masks, str(backbone.device))
+    return {
+        names: Segmenter(backbone, parse_classes(names), config=config, refine=refiner)
+        for names in words
+    }
+
+
 def _piece_size(photos: int, texts: int, workers: int) -> int:
     """Photos per piece: small enough to keep all workers busy to the end."""
     return 1 if texts > 1 else min(PIECE, max(1, photos // (4 * workers)))
@@ -154,32 +140,34 @@ class SegmentWork:
     """Photos become label maps, overlays and JSON.
 
     Attributes:
-        means: model and settings.
+        means: the model.
+        config: settings of the segmenter.
         classes: words of all pieces, or of each.
         output: what is written.
+        masks: of which each gets one class: the name of a source, or those made before.
         segmenters: of these words, where they are loaded already.
     """
 
     means: Means
+    config: SegmentConfig
     classes: tuple[str, ...]
     output: Output
+    masks: str | MadeBefore | None = None
     segmenters: dict[str, Segmenter] | None = None
 
     def start(self) -> Do:
         """A function that segments the photos of a piece; the model is loaded but once."""
-        backbone = None if self.segmenters else self.means.load()
+        segmenters = self.segmenters or _segmenters(
+            self.classes, self.means.load(), self.config, self.masks
+        )
 
         @cache
-        def ready(names: str) -> tuple[Segmenter, str]:
-            segmenter = (
-                self.segmenters[names]
-                if self.segmenters
-                else self.means.segmenter(cast(Backbone, backbone), names)
-            )
-            return segmenter, identity_of(segmenter, self.output)
+        def identity_for(names: str) -> str:
+            return output_identity(segmenters[names], self.output)
 
         def do(piece: Piece) -> Iterator[Outcome]:
-            segmenter, identity = ready(self.classes[piece.number % len(self.classes)])
+            names = self.classes[piece.number % len(self.classes)]
+            segmenter, identity = segmenters[names], identity_for(names)
             stamps = {}
             for photo in piece.photos:
                 try:
@@ -247,7 +235,7 @@ def _results(
         try:
             with at_hand(photo) as local:
                 image = load_photo(local.path, segmenter.config.max_pixels)
-            prepared = segmenter.prepare(image)
+            prepared = segmenter.prepare(image, photo)
             if output.scores:
                 segmenter.check_score_size(prepared.height, prepared.width)
         except DataError as error:

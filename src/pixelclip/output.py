@@ -9,14 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pixelclip.backbones import weights_hash
+from pixelclip.backbones.means import all_that_tells, identity_of
 from pixelclip.errors import DataError
 from pixelclip.images import png_bytes, write_bytes
 from pixelclip.photos import Photo
 from pixelclip.segmentation import Segmentation
 from pixelclip.segmenter import Segmenter
 
-FREE = {"device", "batch_size", "max_pixels", "weights"}  # weights are told by their hashes
 MAX_RECORD_BYTES = 2**28
 
 
@@ -40,17 +39,16 @@ class Output(NamedTuple):
     quiet: bool = False
 
 
-def identity_of(segmenter: Segmenter, output: Output) -> str:
-    """A hash of all that decides what is written for a photo."""
-    backbone = segmenter.backbone
-    described = segmenter.description()
-    what = {
-        **{name: value for name, value in described.items() if name not in FREE},
-        "classes": segmenter.classes,
-        "hashes": [weights_hash(backbone.visual), backbone.text_hash],
-        "files": [output.masks, output.scores, output.overlay],
-    }
-    return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
+def output_identity(segmenter: Segmenter, output: Output) -> str:
+    """A hash of all that decides what is written for a photo, but for a feature's last bits."""
+    return identity_of(
+        all_that_tells(segmenter.backbone),
+        segmenter.description(),
+        device=None,
+        batch_size=None,
+        classes=segmenter.classes,
+        files=[output.masks, output.scores, output.overlay],
+    )
 
 
 def stamp_of(photo: Photo, identity: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pixelclip.errors import DataError, MissingExtra, visible
 from pixelclip.files import printable
@@ -14,6 +14,8 @@ from pixelclip.files import printable
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 OUR_SUFFIXES = (".labels.png", ".overlay.png", ".clusters.png", ".masks.png")
 MAX_BYTES = 2**30  # of a photo that is fetched
+
+Item = TypeVar("Item")
 
 
 class Photo(NamedTuple):
@@ -33,6 +35,13 @@ class Photo(NamedTuple):
     def shown(self) -> str:
         """What the photo is called in messages and results."""
         return _printable_url(self.url) if self.url else printable(self.path)
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of them, the first and the last included; all, if there are no more."""
+    last, gaps = len(items) - 1, min(count, len(items)) - 1
+    step = last / gaps if gaps > 0 else 0.0
+    return [items[round(number * step)] for number in range(gaps + 1)]
 
 
 def find_photos(paths: Sequence[Path | str]) -> list[Photo]:

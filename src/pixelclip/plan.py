@@ -13,6 +13,7 @@ from pixelclip.upsample import Axis, axis
 AUTHORS_SHORT_SIDE, AUTHORS_LONG_SIDE = 640, 2560
 AUTHORS_GRID = 64
 MAX_ENLARGED_ASPECT = 4
+SLIDING_LONG_SIDE = 2048  # of mmsegmentation's configurations, whatever the short side
 
 
 class Plan(NamedTuple):
@@ -22,7 +23,7 @@ class Plan(NamedTuple):
         height: of the network input, in pixels.
         width: of the network input.
         rows: first grid row of every window.
-        columns: first grid column of every window.
+        columns: first grid column of every window. With `join` by pixels a cell is a pixel.
         window: grid cells of a window, down and across.
     """
 
@@ -44,6 +45,8 @@ def make_plan(config: SegmentConfig, card: ModelCard, stride: int, width: int, h
         side = config.short_side or card.square
         return Plan(side, side, (0,), (0,), (AUTHORS_GRID, AUTHORS_GRID))
     short_side = config.short_side or card.short_side
+    if config.join == "pixels":
+        return _pixel_plan(config, short_side, width, height)
     scale = short_side / min(width, height)
     if scale > 1:  # a strip of 10 x 20,000 pixels is not enlarged to 320 x 640,000
         scale = min(scale, max(1.0, MAX_ENLARGED_ASPECT * short_side / max(width, height)))
@@ -55,6 +58,37 @@ def make_plan(config: SegmentConfig, card: ModelCard, stride: int, width: int, h
     return Plan(net_height, net_width, rows, columns, (window_height, window_width))
 
 
+def _pixel_plan(config: SegmentConfig, short_side: int, width: int, height: int) -> Plan:
+    """Network input and windows as in mmsegmentation 1.2: `Resize`, `slide_inference`.
+
+    The first window is in the corner, others follow at equal steps; the last ones are moved back
+    inside.
+    """
+    scale = min(short_side / min(width, height), SLIDING_LONG_SIDE / max(width, height))
+    net_height, net_width = (max(1, int(side * scale + 0.5)) for side in (height, width))
+    rows, columns = pixel_starts(net_height, config), pixel_starts(net_width, config)
+    window = (min(config.window, net_height), min(config.window, net_width))
+    return Plan(net_height, net_width, rows, columns, window)
+
+
+def pixel_starts(side: int, config: SegmentConfig) -> tuple[int, ...]:
+    """First pixels of the windows along one axis of the network input."""
+    step = max(1, round(config.window * (1 - config.overlap)))
+    last = max(side - config.window, 0)
+    return tuple(min(i * step, last) for i in range(-(-last // step) + 1))
+
+
+def cell_size(config: SegmentConfig, stride: int) -> int:
+    """Network pixels per cell of the grid on which windows are joined."""
+    return 1 if config.join == "pixels" and config.preset != "authors" else stride
+
+
+def is_in_windows(plan: Plan, config: SegmentConfig) -> bool:
+    """Whether windows are to be joined; of a single one too, if its grid is not the features'."""
+    by_pixels = config.join == "pixels" and config.preset != "authors"
+    return by_pixels or len(plan.rows) * len(plan.columns) > 1
+
+
 def make_axes(
     plan: Plan, config: SegmentConfig, stride: int, width: int, height: int
 ) -> tuple[Axis, Axis]:
@@ -62,9 +96,10 @@ def make_axes(
     if config.preset == "authors":
         grid = AUTHORS_GRID
         return axis(height, grid, grid / height), axis(width, grid, grid / width)
+    cell = cell_size(config, stride)
     return (
-        axis(height, -(-plan.height // stride), plan.height / (height * stride)),
-        axis(width, -(-plan.width // stride), plan.width / (width * stride)),
+        axis(height, -(-plan.height // cell), plan.height / (height * cell)),
+        axis(width, -(-plan.width // cell), plan.width / (width * cell)),
     )
 
 
@@ -79,6 +114,15 @@ def window_starts(cells: int, config: SegmentConfig, stride: int) -> tuple[tuple
     step = max(1, round(length * (1 - config.overlap)))
     count = -(-(cells - length) // step) + 1
     return tuple(round(i * (cells - length) / (count - 1)) for i in range(count)), length
+
+
+def window_weights(
+    height: int, width: int, config: SegmentConfig
+) -> Float[Tensor, "height width 1"]:
+    """Weights of a window's cells where it overlaps others."""
+    if config.join == "pixels":
+        return torch.ones(height, width, 1)
+    return torch.outer(taper(height), taper(width))[..., None]
 
 
 def taper(length: int) -> Float[Tensor, " n"]:

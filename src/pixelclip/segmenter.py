@@ -1,7 +1,8 @@
 """Photos and words in, a class per pixel out.
 
-One column: plan the network input, read windows, dense features, best class per pixel by bands.
-Working memory is bounded by the window and the class block, whatever the photo's size.
+One column: plan the network input, read windows, dense features, best class per pixel by bands
+(`labelling`). Working memory is bounded by the window and the class block, whatever the photo's
+size; masks of `refine` need the whole photo when they are made, and its features at once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,13 +24,25 @@ from pixelclip.config import SegmentConfig
 from pixelclip.device import autocast
 from pixelclip.errors import ConfigError, DataError, ModelError
 from pixelclip.images import as_photo, photo_size, resized
-from pixelclip.plan import AUTHORS_GRID, Plan, authors_size, make_axes, make_plan, taper
-from pixelclip.segmentation import Segmentation, none_label
-from pixelclip.upsample import CLASS_BLOCK, Axis, upsample_grid, upsampled_confidence
+from pixelclip.labelling import Labeller, encode_names
+from pixelclip.masks.refiner import Refine, Refiner
+from pixelclip.masks.runs import PhotoMasks
+from pixelclip.photos import Photo
+from pixelclip.plan import (
+    AUTHORS_GRID,
+    Plan,
+    authors_size,
+    cell_size,
+    is_in_windows,
+    make_axes,
+    make_plan,
+    window_weights,
+)
+from pixelclip.segmentation import Segmentation
+from pixelclip.upsample import Axis
 from pixelclip.vocabulary import (
     check_classes,
     check_distinct,
-    class_features,
     parse_classes,
     parse_templates,
     template_sets,
@@ -37,8 +50,6 @@ from pixelclip.vocabulary import (
 
 PhotoSource = str | Path | Image.Image | np.ndarray
 
-PIXELS_PER_BLOCK = 4_000_000
-VALUES_PER_BLOCK = 16_000_000
 MAX_SCORE_BYTES = 4 * 2**30
 
 
@@ -50,12 +61,14 @@ class Prepared(NamedTuple):
         plan: how it goes through the network.
         height: of the photo, hence of its labels.
         width: of the photo.
+        masks: of the photo, each of which gets one class; None: every pixel has its own.
     """
 
     image: Image.Image
     plan: Plan
     height: int
     width: int
+    masks: PhotoMasks | None = None
 
 
 class Segmenter:
@@ -65,11 +78,14 @@ class Segmenter:
         model: a backbone, or a name for `load_backbone`.
         classes: names, a comma inside one separating synonyms; or a text for `parse_classes`.
         config: see `SegmentConfig`.
+        refine: give each mask one class, that of its mean score: the name of a mask source, a file
+            or folder of masks made before, or a source or reader of yours (docs/evaluation.md).
         device: used when `model` is a name.
         cache: keep text features on disk.
 
     Raises:
-        ConfigError: class names or settings are not usable.
+        ConfigError: class names or settings are not usable, or there are no such masks.
+        DataError: the masks cannot be read.
         ModelError: the model cannot be loaded.
     """
 
@@ -79,6 +95,7 @@ class Segmenter:
         classes: Sequence[str] | str,
         *,
         config: SegmentConfig | None = None,
+        refine: Refine | Refiner | None = None,
         device: str = "auto",
         cache: bool = True,
     ):
@@ -96,7 +113,7 @@ class Segmenter:
             raise ConfigError(f"{len(names)} names; a 16-bit label map holds 65534")
         self.backbone = load_backbone(model, device=device) if isinstance(model, str) else model
         self.templates = self._templates()
-        self.text = class_features(
+        self.text, self.experts = encode_names(
             self.backbone,
             names,
             self.templates,
@@ -105,6 +122,9 @@ class Segmenter:
             cache=cache,
         )
         check_distinct(self.text, names)
+        if refine is not None and not isinstance(refine, Refiner):
+            refine = Refiner(refine, str(self.backbone.device))
+        self.refiner = refine
 
     def _half_text(self) -> bool:
         """As set, else as the authors do: with OpenAI's weights or those trained from them."""
@@ -116,7 +136,7 @@ class Segmenter:
     def _templates(self) -> tuple[str, ...]:
         """Those of the settings, else the model's own, which a file may only name."""
         if self.config.templates:
-            return parse_templates(self.config.templates)
+            return parse_templates(self.config.templates, of_classes=True)
         own = self.backbone.card.templates
         if own not in template_sets():
             raise ModelError(
@@ -149,6 +169,7 @@ class Segmenter:
             scores: keep the cosine of every class and pixel too.
 
         Raises:
+            ConfigError: scores are asked for, and labels do not follow from them.
             DataError: a photo cannot be read, or score maps would not fit in 4 GiB.
         """
         single = isinstance(photo, str | bytes | Path | Image.Image | np.ndarray)
@@ -163,19 +184,28 @@ class Segmenter:
             results += self.run(prepared, confidence=confidence, scores=scores)
         return results
 
-    def prepare(self, source: PhotoSource) -> Prepared:
-        """Read a photo and resize it for the network.
+    def prepare(self, source: PhotoSource, photo: Photo | None = None) -> Prepared:
+        """Read a photo and resize it for the network; get its masks, if labels are refined.
+
+        Args:
+            source: what it is read from.
+            photo: by which its masks are found; None: by the path it is read from.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: it cannot be read, or has no masks.
         """
-        photo = as_photo(source, self.config.max_pixels)
-        width, height = photo_size(photo)
+        image = as_photo(source, self.config.max_pixels)
+        width, height = photo_size(image)
         plan = self.plan(width, height)
         size = (plan.width, plan.height)
         if self.config.preset == "authors":
             size = authors_size(width, height)
-        return Prepared(resized(photo, size), plan, height, width)
+        masks = None
+        if self.refiner is not None:
+            if photo is None and isinstance(source, str | Path):
+                photo = self.refiner.photo(Path(source))
+            masks = self.refiner(image, photo)
+        return Prepared(resized(image, size), plan, height, width, masks)
 
     def description(self) -> dict[str, object]:
         """Everything that the labels depend on beside photo and names."""
@@ -185,11 +215,23 @@ class Segmenter:
             **config.model_dump(),
             "short_side": config.short_side or own,
             "templates": list(self.templates),
+            "fused": self.experts is not None,
+            "refine": None if self.refiner is None else self.refiner.description,
             "weights": self.backbone.origin,
             "attention": getattr(self.backbone.visual, "attention", None),
             "device": str(self.backbone.device),
             "version": __version__,
         }
+
+    def check_scores(self) -> None:
+        """Make sure that labels are those of the highest score, so that scores mean something.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        if self.experts is not None or self.refiner is not None:
+            reason = "templates of single classes" if self.experts else "masks"
+            raise ConfigError(f"scores cannot be kept with {reason}: they do not make the labels")
 
     def check_score_size(self, height: int, width: int) -> None:
         """Make sure that the score maps of a photo of that size fit in 4 GiB.
@@ -207,19 +249,42 @@ class Segmenter:
         self, photos: Sequence[Prepared], *, confidence: bool = False, scores: bool = False
     ) -> list[Segmentation]:
         """Segment prepared photos; those with equal network input share forward passes."""
+        if scores:
+            self.check_scores()
         results: dict[int, Segmentation] = {}
         for plan in dict.fromkeys(photo.plan for photo in photos):
             members = [index for index, photo in enumerate(photos) if photo.plan == plan]
-            if len(plan.rows) * len(plan.columns) > 1:
+            if is_in_windows(plan, self.config):
                 bands = [self._bands(photos[index]) for index in members]
             else:
                 whole = self.features([self._pixels(photos[index]) for index in members])
                 bands = [iter([features]) for features in whole]
             for index, rows in zip(members, bands, strict=True):
-                results[index] = self._label(
-                    rows, photos[index], confidence=confidence, scores=scores
+                photo = photos[index]
+                if scores:
+                    self.check_score_size(photo.height, photo.width)
+                results[index] = self.labeller.label(
+                    rows, self.axes(photo), photo.masks, confidence=confidence, scores=scores
                 )
         return [results[index] for index in range(len(photos))]
+
+    @property
+    def labeller(self) -> Labeller:
+        """What makes labels of features."""
+        threshold = self.config.threshold if self.config.background == "threshold" else 0.0
+        return Labeller(self.classes, self.text, self.experts, self.backbone.temperature, threshold)
+
+    @torch.inference_mode()
+    def grid_features(self, photo: Prepared) -> Float[Tensor, "h w D"]:
+        """The whole grid of unit-norm features of which a photo's labels are made."""
+        if is_in_windows(photo.plan, self.config):
+            return torch.cat(list(self._bands(photo)))
+        return self.features([self._pixels(photo)])[0]
+
+    def axes(self, photo: Prepared) -> tuple[Axis, Axis]:
+        """Where the photo's rows and columns lie on that grid."""
+        stride = self.backbone.stride
+        return make_axes(photo.plan, self.config, stride, photo.width, photo.height)
 
     def plan(self, width: int, height: int) -> Plan:
         """Network input and windows for a photo of that size."""
@@ -249,17 +314,35 @@ class Segmenter:
                 # resized on the slow path; clone gives it the right one.
                 features = features.clone(memory_format=torch.channels_last)
                 features = F.interpolate(features, size, mode="bilinear", align_corners=False)
-            parts.append(F.normalize(features.permute(0, 2, 3, 1), dim=3))
+            features = F.normalize(features.permute(0, 2, 3, 1), dim=3)
+            if self._cell < self.backbone.stride:
+                features = self._at_pixels(features, batch.shape[2], batch.shape[3])
+            parts.append(features)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _at_pixels(
+        self, features: Float[Tensor, "B h w D"], height: int, width: int
+    ) -> Float[Tensor, "B H W D"]:
+        """Features of cells interpolated at the pixels of the network input: so are the cosines."""
+        stride = self.backbone.stride
+        size = (features.shape[1] * stride, features.shape[2] * stride)  # whole cells
+        grid = features.permute(0, 3, 1, 2)
+        whole = F.interpolate(grid, size, mode="bilinear", align_corners=False)
+        return whole[..., :height, :width].permute(0, 2, 3, 1)
+
+    @property
+    def _cell(self) -> int:
+        """Network pixels per cell of the grid of which labels are made."""
+        return cell_size(self.config, self.backbone.stride)
 
     def _bands(self, photo: Prepared) -> Iterator[Float[Tensor, "r w D"]]:
         """Grid rows of a photo in windows, top to bottom, as soon as they are final.
 
         Where windows overlap, their unit-norm features are averaged with weights that fall
-        towards the window's border; so the cosines are averaged too.
+        towards the window's border (`join` by pixels: all alike); so the cosines are averaged too.
         """
         plan = photo.plan
-        grid_width = -(-plan.width // self.backbone.stride)
+        grid_width = -(-plan.width // self._cell)
         window_height = plan.window[0]
         device = self.backbone.device
         total = torch.zeros(window_height, grid_width, self.backbone.dim, device=device)
@@ -274,7 +357,7 @@ class Segmenter:
                 top = row
             for column, features in self._window_row(photo, row):
                 height, width = features.shape[:2]
-                weights = torch.outer(taper(height), taper(width))[..., None].to(device)
+                weights = window_weights(height, width, self.config).to(device)
                 where = (slice(0, height), slice(column, column + width))
                 total[where] += features * weights
                 weight[where] += weights
@@ -284,7 +367,7 @@ class Segmenter:
         self, photo: Prepared, row: int
     ) -> Iterator[tuple[int, Float[Tensor, "h w D"]]]:
         """First grid column and features of the windows that begin at one grid row."""
-        plan, stride = photo.plan, self.backbone.stride
+        plan, stride = photo.plan, self._cell
         bottom = min((row + plan.window[0]) * stride, plan.height)
         waiting: list[tuple[int, Tensor]] = []
         for column in plan.columns:
@@ -301,91 +384,6 @@ class Segmenter:
     def _run_windows(self, waiting: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         columns = [column for column, _ in waiting]
         yield from zip(columns, self.features([pixels for _, pixels in waiting]), strict=True)
-
-    @torch.inference_mode()
-    def _label(
-        self,
-        bands: Iterator[Float[Tensor, "r w D"]],
-        photo: Prepared,
-        *,
-        confidence: bool,
-        scores: bool,
-    ) -> Segmentation:
-        """Labels of a photo from its grid rows."""
-        size = (photo.height, photo.width)
-        if scores:
-            self.check_score_size(*size)
-        stride = self.backbone.stride
-        rows, columns = make_axes(photo.plan, self.config, stride, photo.width, photo.height)
-        count = len(self.classes)
-        labels = np.empty(size, dtype=np.uint8 if count <= 255 else np.uint16)
-        sure = np.empty(size, dtype=np.float16) if confidence else None
-        maps = np.empty((count, *size), dtype=np.float32) if scores else None
-        totals = np.zeros((2, none_label(count) + 1))
-        start = 0
-        for block, row_axis in self._blocks(bands, rows, size[1]):
-            stop = start + len(row_axis.lower)
-            part, certain = self._label_block(block, row_axis, columns)
-            labels[start:stop] = part
-            index = part.ravel().astype(np.intp)
-            totals[0] += np.bincount(index, minlength=totals.shape[1])
-            totals[1] += np.bincount(index, certain.ravel(), minlength=totals.shape[1])
-            if sure is not None:
-                sure[start:stop] = certain
-            if maps is not None:
-                for k in range(count):
-                    grid = block @ self.text[k]
-                    maps[k, start:stop] = upsample_grid(grid, row_axis, columns)
-            start = stop
-        mean = (totals[1] / np.maximum(totals[0], 1))[:count]
-        return Segmentation(labels, self.classes, mean, sure, maps)
-
-    def _blocks(
-        self, bands: Iterator[Float[Tensor, "_ w D"]], rows: Axis, photo_width: int
-    ) -> Iterator[tuple[Float[Tensor, "r w D"], Axis]]:
-        """Cut bands so that a block's pixels and scores stay small; rows continue seamlessly.
-
-        The rows between the last grid row of one block and the first of the next need both, so
-        that last row begins the next block again.
-        """
-        held: Tensor | None = None
-        first = pixel = 0  # grid row of held[0]; next photo row
-        for band in bands:
-            held = band if held is None else torch.cat([held, band])
-            step = self._rows_per_block(rows, photo_width, held.shape[1])
-            while len(held) > step + 1:
-                stop = int(np.searchsorted(rows.lower, first + step))
-                if stop > pixel:
-                    yield held[: step + 1], _shifted(rows, pixel, stop, first)
-                held, first, pixel = held[step:], first + step, stop
-        if held is not None and pixel < len(rows.lower):
-            yield held, _shifted(rows, pixel, len(rows.lower), first)
-
-    def _rows_per_block(self, rows: Axis, photo_width: int, grid_width: int) -> int:
-        pixels_per_row = len(rows.lower) / (int(rows.lower[-1]) + 1)
-        by_pixels = PIXELS_PER_BLOCK / (pixels_per_row * photo_width)
-        by_values = VALUES_PER_BLOCK / (grid_width * min(len(self.text), CLASS_BLOCK))
-        return max(1, int(min(by_pixels, by_values)))
-
-    def _label_block(
-        self, block: Float[Tensor, "r w D"], rows: Axis, columns: Axis
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Labels and confidences of the photo rows over one block of grid rows."""
-        count = len(self.classes)
-        best, certain = upsampled_confidence(
-            block, self.text, rows, columns, temperature=self.backbone.temperature
-        )
-        none = none_label(count)
-        labels = best.astype(np.uint8 if count <= 255 else np.uint16, copy=False)
-        if len(self.text) > count:
-            labels = np.where(best >= count, none, labels).astype(labels.dtype)
-        if self.config.background == "threshold":
-            labels = np.where(certain < self.config.threshold, none, labels).astype(labels.dtype)
-        return labels, certain
-
-
-def _shifted(rows: Axis, start: int, stop: int, first: int) -> Axis:
-    return Axis(rows.lower[start:stop] - first, rows.weight[start:stop])
 
 
 def segment(

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -65,15 +65,27 @@ def class_lists() -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for name, names in json.loads(text).items()}
 
 
-def parse_templates(text: str) -> tuple[str, ...]:
+def parse_templates(text: str, *, of_classes: bool = False) -> tuple[str, ...]:
     """Templates from the name of a built-in set or from a file with one per line.
 
-    A file of `pixelclip templates` has some for each class: before them stand the class's name and
-    a tab.
+    Args:
+        text: name or file.
+        of_classes: templates may be of single classes, as a file of `pixelclip templates` has
+            them: before them stand the class's name and a tab.
 
     Raises:
         ConfigError: neither exists, or a template has no `{}` or more than one.
     """
+    templates = _templates(text)
+    if not of_classes and any(OWN in template for template in templates):
+        raise ConfigError(
+            f"{text} holds templates of single classes, which serve segment and eval alone; give"
+            " templates for all"
+        )
+    return templates
+
+
+def _templates(text: str) -> tuple[str, ...]:
     if text in template_sets():
         return template_sets()[text]
     if "{}" in text:
@@ -235,48 +247,14 @@ def encode_classes(
     Args:
         text: text tower.
         names: of the classes; ", " separates synonyms.
-        templates: each with one `{}`; "sofa", a tab and a template: for the class "sofa" alone,
-            and no others serve it.
+        templates: each with one `{}`.
         fix_article: see `fill`.
-
-    Raises:
-        ConfigError: all templates belong to other classes.
     """
-    own = _split_templates(names, templates)
-    if len(own) > 1:
-        features = torch.zeros(0)
-        for group, members in own.items():
-            part = encode_classes(text, [names[k] for k in members], group, fix_article=fix_article)
-            features = features if len(features) else part.new_zeros(len(names), part.shape[1])
-            features[members] = part
-        return features
-    (templates,) = own
     return torch.cat([
         F.normalize(per_template(text, names[start : start + TEXTS_PER_CALL], templates,
                                  fix_article=fix_article).mean(dim=1), dim=1)
         for start in range(0, len(names), TEXTS_PER_CALL)
     ])  # fmt: skip
-
-
-def _split_templates(
-    names: Sequence[str], templates: Sequence[str]
-) -> dict[tuple[str, ...], list[int]]:
-    """Which classes use which templates."""
-    named: dict[str, list[str]] = {}
-    common = []
-    for template in templates:
-        name, tab, rest = template.rpartition(OWN)
-        if tab:
-            named.setdefault(name.strip(), []).append(rest)
-        else:
-            common.append(template)
-    found: dict[tuple[str, ...], list[int]] = {}
-    for index, name in enumerate(names):
-        own = tuple(named.get(name.strip(), common))
-        if not own:
-            raise ConfigError(f"the class {name!r} has no templates; all belong to other classes")
-        found.setdefault(own, []).append(index)
-    return found
 
 
 def per_template(
@@ -308,41 +286,68 @@ def class_features(
     A cache that cannot be read or written is passed over. With `half`, a CLIP's text tower computes
     in float16.
     """
+
+    def encode() -> Tensor:
+        return encode_classes(_text_of(backbone, half), names, templates, fix_article=fix_article)
+
     if not cache:
-        return _encode(backbone, names, templates, fix_article=fix_article, half=half)
-    key = json.dumps(
-        [__version__, backbone.text_hash, list(names), list(templates), fix_article, half]
-    )
-    path = cache_dir() / "text" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        return encode()
+    key = [backbone.text_hash, list(names), list(templates), fix_article, half]
+    return _cached(backbone, key, (len(names), backbone.dim), encode)
+
+
+def template_features(
+    backbone: Backbone,
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    fix_article: bool = False,
+    half: bool = False,
+    cache: bool = True,
+) -> Float[Tensor, "K T D"]:
+    """The same, not averaged over the templates."""
+
+    def encode() -> Tensor:
+        text, step = _text_of(backbone, half), max(1, TEXTS_PER_CALL // len(templates))
+        parts = [names[start : start + step] for start in range(0, len(names), step)]
+        return torch.cat(
+            [per_template(text, part, templates, fix_article=fix_article) for part in parts]
+        )
+
+    if not cache:
+        return encode()
+    key = ["each", backbone.text_hash, list(names), list(templates), fix_article, half]
+    return _cached(backbone, key, (len(names), len(templates), backbone.dim), encode)
+
+
+def _cached(
+    backbone: Backbone, key: list[object], shape: tuple[int, ...], encode: Callable[[], Tensor]
+) -> Float[Tensor, "K *T D"]:
+    """What lies on disk under that key, or is made and laid there."""
+    digest = hashlib.sha256(json.dumps([__version__, *key]).encode()).hexdigest()[:32]
+    path = cache_dir() / "text" / f"{digest}.safetensors"
     if path.is_file():
         try:
             stored = read_state(path)["features"]
-            if stored.shape == (len(names), backbone.dim):
+            if stored.shape == shape:
                 return stored.to(backbone.device)
         except (ModelError, KeyError):
             pass  # a damaged cache file is made again
-    features = _encode(backbone, names, templates, fix_article=fix_article, half=half)
+    features = encode()
     with contextlib.suppress(OSError):
         write_safetensors(path, {"features": features}, {"format": "pt"})
     return features
 
 
-def _encode(
-    backbone: Backbone,
-    names: Sequence[str],
-    templates: Sequence[str],
-    *,
-    fix_article: bool,
-    half: bool,
-) -> Float[Tensor, "K D"]:
+def _text_of(backbone: Backbone, half: bool) -> Text:
     text = cast(Text, backbone.text)
-    if half:
-        from pixelclip.backbones.text import ClipText, half_precision
+    if not half:
+        return text
+    from pixelclip.backbones.text import ClipText, half_precision
 
-        if not isinstance(text, ClipText):
-            raise ConfigError(f"{backbone.card.name} has no CLIP text tower to compute in float16")
-        text = half_precision(text)
-    return encode_classes(text, names, templates, fix_article=fix_article)
+    if not isinstance(text, ClipText):
+        raise ConfigError(f"{backbone.card.name} has no CLIP text tower to compute in float16")
+    return half_precision(text)
 
 
 def check_distinct(features: Float[Tensor, "K D"], names: Sequence[str]) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixelclip.ablation.plan import Cell, Plan, make_cells
-from pixelclip.ablation.plot import check_matplotlib
-from pixelclip.backbones import Backbone, load_backbone, weights_hash
+from pixelclip.backbones import Backbone, load_backbone
+from pixelclip.backbones.means import fingerprint
 from pixelclip.checkpoint import read_json
 from pixelclip.config import FREE_TO_CHANGE, SegmentConfig
 from pixelclip.errors import ConfigError
@@ -18,10 +18,12 @@ from pixelclip.evaluation.datasets import (
     load_dataset,
     load_folder,
 )
+from pixelclip.evaluation.plots import check_plots
 from pixelclip.evaluation.protocols import settings_and_departures
 from pixelclip.images import check_writable
 from pixelclip.masks.sources import source_settings
 from pixelclip.photos import find_photos
+from pixelclip.training.run import checkpoints
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def prepare(plan: Plan, out: Path, *, device: str, plot: bool, quiet: bool) -> G
         PixelClipError: as `ablate`.
     """
     if plot:
-        check_matplotlib()
+        check_plots("--no-plot")
     datasets = _datasets(plan)
     cells = make_cells(plan, out, device)
     for cell in cells:
@@ -63,7 +65,7 @@ def prepare(plan: Plan, out: Path, *, device: str, plot: bool, quiet: bool) -> G
         if cell.source:
             source_settings(cell.source, plan.mask_settings.get(cell.source, {}))
     check_writable(out)
-    base = _fingerprint(base_model(plan, device))
+    base = fingerprint(base_model(plan, device))
     grid = Grid(plan, out, cells, datasets, base, device, quiet)
     for cell in cells:
         _check_run(grid, cell)
@@ -73,10 +75,6 @@ def prepare(plan: Plan, out: Path, *, device: str, plot: bool, quiet: bool) -> G
 def base_model(plan: Plan, device: str) -> Backbone:
     """The model before training."""
     return load_backbone(plan.model, checkpoint=plan.checkpoint, device=device)
-
-
-def _fingerprint(backbone: Backbone) -> str:
-    return weights_hash(backbone.visual)[:32] + backbone.text_hash[:32]
 
 
 def _datasets(plan: Plan) -> list[SegmentationDataset]:
@@ -108,8 +106,14 @@ def terms(plan: Plan, cell: Cell, dataset: SegmentationDataset) -> tuple[Segment
 
 
 def trained_path(grid: Grid, cell: Cell) -> Path:
-    """The file that says what a finished run is of."""
+    """The file that says what a run is of, and once it is finished, what came of it."""
     return grid.out / "runs" / f"{cell.run}.json"
+
+
+def is_trained(grid: Grid, cell: Cell) -> bool:
+    """Whether a cell's run is finished."""
+    path = trained_path(grid, cell)
+    return path.is_file() and "trained" in read_json(path)
 
 
 def asked(grid: Grid, cell: Cell) -> dict[str, object]:
@@ -130,13 +134,15 @@ def asked(grid: Grid, cell: Cell) -> dict[str, object]:
 
 
 def _check_run(grid: Grid, cell: Cell) -> None:
-    """Make sure that a finished run is the one that is wanted.
+    """Make sure that a run is the one that is wanted; without a checkpoint it is none yet.
 
     Raises:
         ConfigError: it is another one.
     """
     path = trained_path(grid, cell)
     if cell.job is None or not path.is_file():
+        return
+    if not is_trained(grid, cell) and not checkpoints(cell.job.output):
         return
     found, wanted = read_json(path).get("asked"), asked(grid, cell)
     was = found if isinstance(found, dict) else {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ LIVE = "live-"
 BASELINE = "not adapted"
 BASELINE_RUN = "not-adapted"
 LONGEST_NAME = 100
+MAX_CELLS = 1000
 
 Values = dict[str, object]
 
@@ -211,6 +213,9 @@ def make_cells(plan: Plan, out: Path, device: str = "auto") -> list[Cell]:
         ModelError: there is no such model.
     """
     vary = named(plan.vary)
+    count = math.prod(len(_several(*item)) for item in vary.items()) * max(1, len(plan.rows))
+    if count > MAX_CELLS:
+        raise ConfigError(f"{count} runs; the limit is {MAX_CELLS}: vary less at a time")
     cells = [
         _cell(
             plan, out, device, row, {**named(values), **dict(zip(vary, combination, strict=True))}
@@ -220,6 +225,8 @@ def make_cells(plan: Plan, out: Path, device: str = "auto") -> list[Cell]:
     ]
     if not plan.rows and not plan.vary:
         raise ConfigError("nothing is varied; give --vary k=64,128,256, or rows in the plan")
+    for images in dict.fromkeys(cell.job.images for cell in cells if cell.job):
+        find_photos(images)
     for one, other in itertools.pairwise(sorted(cells, key=_same)):
         if _same(one) == _same(other):
             raise ConfigError(f"{one.label} and {other.label} are the same; leave one out")
@@ -257,7 +264,7 @@ def _cell(plan: Plan, out: Path, device: str, row: str, values: Values) -> Cell:
         config = job_config(job, plan.recipe, {**plan.settings, **settings})
         parse_templates(config.train_templates)
         if templates:
-            parse_templates(templates)
+            parse_templates(templates, of_classes=True)
         if "words" in (config.class_vectors, config.prompt_start):
             chosen_words(config)
     except ConfigError as error:
@@ -270,12 +277,10 @@ def _job(plan: Plan, out: Path, device: str, run: str, values: Values) -> tuple[
 
     Raises:
         ConfigError: photos or masks are not given, or the photos would hold the results.
-        DataError: there are no photos.
     """
     images = _paths(values.get("images", plan.images))
     if not images:
         raise ConfigError("no photos to train on; give --images FOLDER")
-    find_photos(images)
     for path in images:
         if out.resolve().is_relative_to(path.resolve()):
             raise ConfigError(f"-o {out} lies in the photos of {path}; give a folder outside")

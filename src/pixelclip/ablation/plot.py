@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pixelclip.errors import MissingExtra
+from pixelclip.evaluation.plots import check_plots
 from pixelclip.images import write_bytes
 
 BLUE, GREY = "#2166ac", "#8c8c8c"
@@ -45,20 +45,6 @@ class Panels(NamedTuple):
     is_line: bool
 
 
-def check_matplotlib() -> None:
-    """Make sure that plots can be drawn.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401 - only looked for
-    except ImportError as error:
-        raise MissingExtra(
-            "the plot needs an extra: pip install 'pixelclip[plots]'; or give --no-plot"
-        ) from error
-
-
 def write_plot(panels: Panels, path: Path) -> None:
     """Draw the panels as a PNG and an SVG.
 
@@ -70,7 +56,7 @@ def write_plot(panels: Panels, path: Path) -> None:
         DataError: a file cannot be written.
         MissingExtra: matplotlib is not installed.
     """
-    check_matplotlib()
+    check_plots("--no-plot")
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,7 +67,7 @@ def write_plot(panels: Panels, path: Path) -> None:
     }  # fmt: skip
     with rc_context(style):
         count = len(panels.panels)
-        size = (1 + 3.2 * count, 3.4) if panels.is_line else _bars_size(panels)
+        size = _line_size(panels) if panels.is_line else _bars_size(panels)
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(panels.title, x=0.01, ha="left", fontsize=11)
@@ -95,6 +81,11 @@ def write_plot(panels: Panels, path: Path) -> None:
             metadata = {"Date": None} if suffix == "svg" else {"Software": None}
             figure.savefig(buffer, format=suffix, dpi=160, metadata=metadata)
             write_bytes(path.with_suffix(f".{suffix}"), buffer.getvalue())
+
+
+def _line_size(panels: Panels) -> tuple[float, float]:
+    width = max(3.2, 0.08 * sum(2 + len(bar.label) for bar in panels.bars if not bar.is_baseline))
+    return 1 + width * len(panels.panels), 3.4
 
 
 def _bars_size(panels: Panels) -> tuple[float, float]:
@@ -159,4 +150,6 @@ def _bars(axes, panels: Panels, index: int) -> None:  # type: ignore[no-untyped-
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 3]}..."
+    """What is long is cut in its middle: paths and combinations differ at their ends."""
+    part = (LONGEST_LABEL - 3) // 2
+    return label if len(label) <= LONGEST_LABEL else f"{label[:part]}...{label[-part:]}"

@@ -5,7 +5,8 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean, stdev
+from typing import NamedTuple, cast
 
 from pixelclip.ablation.plot import Bar, Panels, write_plot
 from pixelclip.images import write_bytes
@@ -119,17 +120,16 @@ def _csv(table: Table) -> str:
     names = list(dict.fromkeys(name for row in table.rows for name in row.values))
     head = ["label", *names, "mean_miou"]
     head += [f"{dataset}_{figure}" for dataset in table.datasets for figure in FIGURES]
-    head += ["loss", "used_clusters", "seconds", "error"]
+    head += ["loss", "used_clusters", "seconds", "error", "note"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(head)
     for row in table.rows:
         figures = [row.figures.get(d, {}).get(f) for d in table.datasets for f in FIGURES]
         training = [row.training.get(name) for name in ("loss", "used_clusters", "seconds")]
+        said = [row.error, row.note]
         values = [row.values.get(name) for name in names]
-        writer.writerow(
-            [row.label, *values, _rounded(table.mean(row)), *figures, *training, row.error]
-        )
+        writer.writerow([row.label, *values, _rounded(table.mean(row)), *figures, *training, *said])
     return buffer.getvalue()
 
 
@@ -142,12 +142,33 @@ def markdown(table: Table) -> str:
         figures = [row.miou(dataset) for dataset in table.datasets]
         figures += [table.mean(row)] if several else []
         lines.append([row.label, *("" if f is None else f"{f:.2f}" for f in figures)])
-    body = "".join(f"| {' | '.join(_safe(cell) for cell in line)} |\n" for line in lines)
-    return f"# {table.title}\n\n{body}\n{_notes(table)}"
+    return f"# {table.title}\n\n{_lines(lines)}{_over_seeds(table)}\n{_notes(table)}"
 
 
-def _safe(cell: str) -> str:
-    return cell.replace("|", "\\|")
+def _over_seeds(table: Table) -> str:
+    """Mean and standard deviation (of n - 1) of rows that differ in their seed."""
+    if all(SEED not in row.values for row in table.rows):
+        return ""
+    shown = panels(table)
+    lines = [["mIoU % over seeds", *shown.panels], ["---", *["---:"] * len(shown.panels)]]
+    name = f"{shown.axis}=" if shown.is_line else ""
+    lines += [
+        [bar.label if bar.is_baseline else name + bar.label, *map(_spread, bar.values)]
+        for bar in shown.bars
+    ]
+    return f"\n{_lines(lines)}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{mean(values):.2f} ± {stdev(values):.2f} ({len(values)})"
+
+
+def _lines(lines: Sequence[Sequence[str]]) -> str:
+    return "".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
 
 
 def _notes(table: Table) -> str:
@@ -175,9 +196,14 @@ def panels(table: Table) -> Panels:
     names = dict.fromkeys(name for row in adapted for name in row.values if name != SEED)
     is_axis = len(names) == 1 and not any(row.row for row in adapted)
     axis = next(iter(names)) if is_axis else ""
+    is_line = is_axis and all(_is_number(row.values[axis]) for row in adapted)
+    rows = [row for row in table.rows if row.is_baseline]
+    # A line goes from the lowest number to the highest, however they were given.
+    rows += sorted(adapted, key=lambda row: cast(float, row.values[axis])) if is_line else adapted
     groups: dict[str, list[Result]] = {}
-    for row in table.rows:
-        own = str(row.values[axis]) if axis and not row.is_baseline else _without_seed(row)
+    for row in rows:
+        own = _without_seed(row)
+        own = own.removeprefix(f"{axis}=") if is_line and not row.is_baseline else own
         groups.setdefault(own, []).append(row)
     bars = [
         Bar(name, is_baseline=rows[0].is_baseline, values=_values(table, rows))
@@ -192,7 +218,7 @@ def panels(table: Table) -> Panels:
         panels=[*titles, *(["mean"] if len(titles) > 1 else [])],
         bars=bars,
         axis=axis,
-        is_line=is_axis and all(_is_number(row.values[axis]) for row in adapted),
+        is_line=is_line,
     )
 
 

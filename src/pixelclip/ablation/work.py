@@ -13,7 +13,15 @@ from typing import cast
 import torch
 
 from pixelclip import __version__
-from pixelclip.ablation.grid import Grid, asked, base_model, prepare, terms, trained_path
+from pixelclip.ablation.grid import (
+    Grid,
+    asked,
+    base_model,
+    is_trained,
+    prepare,
+    terms,
+    trained_path,
+)
 from pixelclip.ablation.plan import Cell, Plan, file_name
 from pixelclip.ablation.table import Result, Table, write_table
 from pixelclip.backbones import Backbone, load_backbone
@@ -79,7 +87,7 @@ def ablate(
     grid = prepare(plan, Path(out), device=device, plot=plot, quiet=quiet)
     results: dict[str, Result] = {}
     # What is done comes first, so that a resumed table is never shorter than before.
-    order = sorted(grid.cells, key=lambda cell: not trained_path(grid, cell).exists())
+    order = sorted(grid.cells, key=lambda cell: not is_trained(grid, cell))
     progress = Progress(len(order))
     table = _table(grid, results)
     for cell in order:
@@ -158,6 +166,7 @@ def _train(grid: Grid, cell: Cell) -> tuple[dict[str, object] | None, bool]:
         trained = read_json(path).get("trained")
         if isinstance(trained, dict) and trained.get("weights") == _file_hash(model):
             return trained, False
+    write_json(path, {"asked": asked(grid, cell)})
     if cell.source:
         _make_masks(grid, cell)
     summary = run_job(cell.job, cell.config, quiet=grid.quiet)

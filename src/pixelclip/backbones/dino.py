@@ -24,6 +24,12 @@ from pixelclip.device import choose_device
 from pixelclip.errors import ModelError
 
 DINO = "vit_small_patch16_224.dino"  # the authors' (behaviour.md 19a)
+DINOS = {
+    (384, 16): DINO,
+    (384, 8): "vit_small_patch8_224.dino",
+    (768, 16): "vit_base_patch16_224.dino",
+    (768, 8): "vit_base_patch8_224.dino",
+}  # by feature size and pixels per cell
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as `timm.models.save_for_hf` names them
 LARGEST = (
@@ -70,6 +76,7 @@ class DenseTimm(nn.Module):
     Attributes:
         stride: pixels per cell.
         dim: feature size D.
+        config: what the weights do not say.
         origin: where the weights come from.
     """
 
@@ -79,6 +86,7 @@ class DenseTimm(nn.Module):
     def __init__(self, tower: nn.Module, config: TimmConfig, origin: str) -> None:
         super().__init__()
         self.tower = tower
+        self.config = config
         self.origin = origin
         self.register_buffer("mean", channel_buffer(config.mean), persistent=False)
         self.register_buffer("std", channel_buffer(config.std), persistent=False)
@@ -95,7 +103,8 @@ class DenseTimm(nn.Module):
         """The last layer's features with its norm: patch tokens, or a convolution's map.
 
         h = ceil(H / stride), w = ceil(W / stride); class and register tokens are left out. Not
-        normalised to unit length.
+        normalised to unit length. Positions are interpolated as timm does, with antialiasing;
+        DINO's own code (facebookresearch/dino) does without.
 
         Args:
             images: RGB in [0, 1], of any height and width.
@@ -149,8 +158,26 @@ def load_dense(
     return DenseTimm(tower, found.config, str(found.weights)).to(where)
 
 
+def dino_of(checkpoint: str | Path) -> str:
+    """Which of DINO's ViTs a weight file is of, by its first layer; ViT-S/16 if it is none of them.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    first = read_state(Path(checkpoint)).get("patch_embed.proj.weight")
+    if first is None or first.ndim != 4:
+        return DINO
+    return DINOS.get((first.shape[0], first.shape[-1]), DINO)
+
+
 def _in_folder(folder: Path, checkpoint: Path | None = None) -> _Found:
-    """A model as `timm.models.save_for_hf` leaves it."""
+    """A model as `timm.models.save_for_hf` leaves it.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder} has no {CONFIG}; give a folder that timm has saved, or a file")
     config = _read_config(folder / CONFIG, str(folder))
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     weights = checkpoint or found
@@ -186,8 +213,8 @@ def _download(repo: str, filename: str) -> Path:
     except ModelError as error:
         what = str(error).partition(";")[0]
         raise ModelError(
-            f"{what}; give a weight file or folder of yours as its checkpoint, or take mini, which"
-            " needs none"
+            f"{what}; give a weight file of it, or a folder that timm has saved, or take mini,"
+            " which needs none"
         ) from error
 
 

@@ -94,15 +94,17 @@ class DenseViT(nn.Module):
         return self.tower.ln_post(hidden) @ self.tower.proj
 
 
-def _self_similarity(rows: Tensor) -> Tensor:
-    """Scaled dot products of every row with every row."""
-    return rows @ rows.transpose(-2, -1) * rows.shape[-1] ** -0.5
+def _listen(rows: Tensor, values: Tensor, bonus: Tensor | None = None) -> Tensor:
+    """Values averaged for each patch by how alike its row is to every row, class token included.
+
+    By the kernel that sums in float32: scores rounded to bfloat16 lose much of NACLIP's bonus.
+    """
+    return F.scaled_dot_product_attention(rows[:, :, 1:], rows, values, attn_mask=bonus)
 
 
-def _attend(block: ResidualAttentionBlock, weights: Tensor, values: Tensor) -> Tensor:
-    """Weighted values of all heads through the output projection, class token dropped."""
-    mixed = (weights[:, :, 1:] @ values).transpose(1, 2).flatten(2)
-    return block.ls_1(block.attn.out_proj(mixed))
+def _join(block: ResidualAttentionBlock, mixed: Tensor) -> Tensor:
+    """All heads through the output projection."""
+    return block.ls_1(block.attn.out_proj(mixed.transpose(1, 2).flatten(2)))
 
 
 def _values(block: ResidualAttentionBlock, tokens: Tensor) -> Tensor:
@@ -135,14 +137,14 @@ def maskclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) ->
 def sclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
     """SCLIP (arXiv 2312.01597, equation 3): softmax(qq) + softmax(kk), residual, MLP."""
     queries, keys, values = project(block, tokens)
-    weights = _self_similarity(queries).softmax(-1) + _self_similarity(keys).softmax(-1)
-    return _with_mlp(block, tokens[:, 1:] + _attend(block, weights, values))
+    mixed = _listen(queries, values) + _listen(keys, values)
+    return _with_mlp(block, tokens[:, 1:] + _join(block, mixed))
 
 
 def clearclip_block(block: ResidualAttentionBlock, tokens: Tensor, grid: Grid) -> Tensor:
     """ClearCLIP (arXiv 2407.12442): softmax(qq) alone; no residual, no MLP."""
     queries, _, values = project(block, tokens)
-    return _attend(block, _self_similarity(queries).softmax(-1), values)
+    return _join(block, _listen(queries, values))
 
 
 def naclip_block(
@@ -157,13 +159,12 @@ def naclip_block(
         std: of the Gaussian, in patches (5 in the paper).
     """
     _, keys, values = project(block, tokens)
-    logits = _self_similarity(keys)
     rows, columns = grid
-    y, x = (torch.arange(n, device=tokens.device, dtype=logits.dtype) for n in (rows, columns))
+    y, x = (torch.arange(n, device=tokens.device, dtype=torch.float32) for n in (rows, columns))
     near_y = torch.exp(-((y[:, None] - y) ** 2) / (2 * std**2))
     near_x = torch.exp(-((x[:, None] - x) ** 2) / (2 * std**2))
-    logits[:, :, 1:, 1:] += torch.kron(near_y, near_x)  # the class token gets no bonus
-    return _attend(block, logits.softmax(-1), values)
+    bonus = F.pad(torch.kron(near_y, near_x), (1, 0))  # the class token gets none
+    return _join(block, _listen(keys, values, bonus.to(keys.dtype)))
 
 
 LAST_BLOCKS: dict[str, Callable[[ResidualAttentionBlock, Tensor, Grid], Tensor]] = {

@@ -15,22 +15,39 @@ from pixelclip.commands.options import (
     Quiet,
     ShortSide,
     Templates,
+    Workers,
 )
 
 
 def bias_command(
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="Folder with images/, labels/ (PNG indices, 255 = not labelled) and classes.txt.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Data set as its makers publish it: voc20, ade150, ...; with --root.",
+            show_default=False,
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its download.", show_default=False),
+    ] = None,
     model: Model = "mini",
     checkpoint: Checkpoint = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path(
-        "pixelclip-bias"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the report; the same command again goes on where it was stopped.",
+        ),
+    ] = Path("pixelclip-bias"),
     thesaurus: Annotated[
         Path | None,
         typer.Option(
@@ -41,59 +58,47 @@ def bias_command(
     templates: Templates = None,
     fix_article: FixArticle = False,
     preset: Annotated[
-        str, typer.Option(help="default (keeps the photo's shape) or authors (their protocol).")
+        str,
+        typer.Option(
+            help="Protocol: default (keeps the photo's shape), authors, sliding (the training-free"
+            " field's)."
+        ),
     ] = "default",
     short_side: ShortSide = None,
     attention: Attention = "pixelclip",
     no_plots: Annotated[bool, typer.Option("--no-plots", help="Draw no pictures.")] = False,
     device: Device = "auto",
     max_pixels: MaxPixels = None,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> int:
     """Say how a model's mIoU hangs on class frequency and size, and on the words for the classes.
 
     Tries synonyms, plurals and templates, adds names of things that are nearly a class, and lists
-    what is confused. Writes report.json, report.md and pictures.
+    what is confused. Writes report.json, report.md and pictures. Figures do not depend on the
+    number of workers, nor on how often it was stopped.
     """
-    import sys
-
-    from pixelclip.backbones import load_backbone
-    from pixelclip.config import SegmentConfig, make_config
-    from pixelclip.evaluation.datasets import load_folder
-    from pixelclip.evaluation.vocabularies import Vocabularies, count_vocabularies
-    from pixelclip.evaluation.vocabulary_files import check_plots, markdown, write_pictures
-    from pixelclip.evaluation.vocabulary_report import report as make_report
-    from pixelclip.evaluation.wordings import load_thesaurus, make_wordings
-    from pixelclip.images import check_writable, write_bytes, write_json
-    from pixelclip.progress import hush, progress_bar
+    from pixelclip.backbones.means import Means
+    from pixelclip.biasjob import BiasJob, run_bias_job
+    from pixelclip.progress import hush
 
     hush(quiet)
-    config = make_config(
-        SegmentConfig,
+    job = BiasJob(
+        Means(model, checkpoint, device, attention),
+        output,
+        data=data,
+        dataset=dataset,
+        root=root,
+        thesaurus=thesaurus,
         preset=preset,
-        templates=templates,
-        fix_article=fix_article,
-        short_side=short_side,
-        max_pixels=max_pixels,
+        settings={
+            "templates": templates,
+            "fix_article": fix_article or None,
+            "short_side": short_side,
+            "max_pixels": max_pixels,
+        },
+        workers=workers,
+        pictures=not no_plots,
+        quiet=quiet,
     )
-    if not no_plots:
-        check_plots()
-    words = load_thesaurus(thesaurus)
-    dataset = load_folder(data)
-    check_writable(output)
-    backbone = load_backbone(model, checkpoint=checkpoint, device=device, attention=attention)
-    vocabularies = Vocabularies(backbone, make_wordings(dataset.classes, words), config)
-    with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task(dataset.name, total=len(dataset.pairs))
-        counted = count_vocabularies(vocabularies, dataset, lambda: bar.advance(task))
-    report = make_report(vocabularies, dataset, counted)
-    write_json(output / "report.json", report)
-    page = markdown(report)
-    write_bytes(output / "report.md", page.encode())
-    if not no_plots:
-        write_pictures(report, output)
-    if not quiet:
-        print(page[: page.index("\n## ")] + f"\nreport.md, report.json -> {output}/")
-    for line in report["failed"]:
-        print(f"pixelclip: failed: {line}", file=sys.stderr)
-    return 1 if report["failed"] else 0
+    return run_bias_job(job)

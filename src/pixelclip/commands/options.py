@@ -16,8 +16,15 @@ Checkpoint = Annotated[
 ]  # fmt: skip
 Templates = Annotated[
     str | None,
-    typer.Option(help='single, imagenet-select, imagenet, name, "a photo of a {}" or a file.',
+    typer.Option(help='single, imagenet-select, imagenet, name, "a photo of a {}" or a file; one'
+                 " of pixelclip templates has experts for the classes, whose surest wins.",
                  show_default="the model's own"),
+]  # fmt: skip
+Refine = Annotated[
+    str | None,
+    typer.Option(help="Give each mask one class, that of its mean score: superpixels, mini, dino,"
+                 " sam, or a file or folder of masks made before.",
+                 show_default=False),
 ]  # fmt: skip
 FixArticle = Annotated[
     bool, typer.Option("--fix-article", help='Write "an" before a vowel (the authors do not).')

@@ -15,6 +15,7 @@ from pixelclip.commands.options import (
     MaxPixels,
     Model,
     Quiet,
+    Refine,
     ShortSide,
     Templates,
     Workers,
@@ -75,6 +76,7 @@ def segment_command(
         str | None, typer.Option(help="Contrast names, written as --classes.", show_default=False)
     ] = None,
     attention: Attention = "pixelclip",
+    refine: Refine = None,
     masks: Annotated[
         bool, typer.Option("--masks", help="Put each class's mask (RLE, polygons) in the JSON.")
     ] = False,
@@ -99,8 +101,9 @@ def segment_command(
     what was not done: results that are there, of the same photo, model, words and settings, are
     kept.
     """
+    from pixelclip.backbones.means import Means
     from pixelclip.config import SegmentConfig, make_config
-    from pixelclip.job import Means, segment_photos
+    from pixelclip.job import segment_photos
     from pixelclip.output import Output
     from pixelclip.progress import hush
     from pixelclip.vocabulary import parse_classes
@@ -122,7 +125,9 @@ def segment_command(
     return segment_photos(
         photos or [],
         classes=classes,
-        means=Means(model, checkpoint, device, attention, config),
+        means=Means(model, checkpoint, device, attention),
+        config=config,
+        refine=refine,
         workers=workers,
         engine=engine,
         output=Output(output, masks, scores, not no_overlay, json_output, quiet),

@@ -5,18 +5,25 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from pixelclip.config import validated
 from pixelclip.errors import ConfigError, DataError
+from pixelclip.evaluation.dataset_specs import (
+    MAX_PHOTOS,
+    DatasetSpec,
+    Part,
+    SplitList,
+    small_text,
+)
 from pixelclip.evaluation.label_values import LabelValues, read_classes, read_png_labels
 from pixelclip.masks.records import first_file
 from pixelclip.photos import is_photo
@@ -24,90 +31,10 @@ from pixelclip.vocabulary import check_classes, class_lists
 
 IGNORE = 255
 IGNORE_WIDE = 65535
-MAX_LIST_BYTES = 2**24  # of a list of photos; the official ones have some kilobytes
-MAX_PHOTOS = 2**20
-_PLACE = re.compile(r"([\w .{}-]+(/[\w .{}-]+)*)?")
+MAX_CLASSES = 8192  # a confusion matrix has the square of that
+NEARBY = 1000  # folders that are looked into for what is missing, for the message
+_ARCHIVE = re.compile(r"[\w.-]+\.(?:zip|tar\.gz|tgz|tar)\b")
 _NAME = re.compile(r"\w[\w.-]{0,250}", re.ASCII)
-
-
-def _inside(place: str) -> str:
-    """A path below a folder."""
-    if not _PLACE.fullmatch(place) or ".." in PurePosixPath(place).parts:
-        raise ValueError("a place is a path inside the data set's folder, with / between its parts")
-    return place
-
-
-def _pattern(place: str) -> str:
-    if place.count("{}") != 1 or not PurePosixPath(place).name.startswith("{}"):
-        raise ValueError("the file name begins with {}, which stands for the photo's name")
-    return _inside(place)
-
-
-Place = Annotated[str, AfterValidator(_inside)]
-Pattern = Annotated[str, AfterValidator(_pattern)]
-
-
-class Part(BaseModel):
-    """Files of a data set that come in one download.
-
-    Attributes:
-        at: where they may lie, relative to the data set's folder or a `top` in it; the `{}` at the
-            beginning of the file name stands for the photo's name, with folders if it lies in some.
-        get: where to get them, for messages.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    at: tuple[Pattern, ...] = Field(min_length=1)
-    get: str = Field(min_length=1)
-
-
-class SplitList(BaseModel):
-    """A text file with the name of a photo on each line.
-
-    Attributes:
-        at: where it may lie; the first that is there counts.
-        get: where to get it, for messages.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    at: tuple[Place, ...] = Field(min_length=1)
-    get: str = Field(min_length=1)
-
-
-class DatasetSpec(BaseModel):
-    """A data set as it is downloaded.
-
-    Attributes:
-        title: what it is called in papers, with its split.
-        classes: name of a built-in class list, or the names.
-        expected: photos of the whole set.
-        tops: folders that the archives, or other people's instructions, put in between.
-        photos: the photos.
-        labels: their label maps.
-        split: the list of the photos that count; without, all photos found do.
-        values: how label maps become classes.
-        empty: whether photos without any labelled pixel are `kept` or `left out`.
-        notes: what to know before comparing figures.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    title: str
-    classes: str | tuple[str, ...]
-    expected: int = Field(ge=1, le=MAX_PHOTOS)
-    tops: tuple[Place, ...] = ("",)
-    photos: Part
-    labels: Part
-    split: SplitList | None = None
-    values: LabelValues
-    empty: Literal["kept", "left out"] = "kept"
-    notes: tuple[str, ...] = ()
-
-    def places(self, part: Part | SplitList) -> list[str]:
-        """All places where a part may lie, relative to the data set's folder."""
-        return [f"{top}/{place}" if top else place for place in part.at for top in self.tops]
 
 
 @dataclass(frozen=True)
@@ -121,6 +48,7 @@ class SegmentationDataset:
         expected: photos of the whole set; None: as many as there are.
         values: how label maps become classes; None: they are PNGs with one channel of class
             indices, 255 (or 65535 above 255 classes) = not labelled.
+        lacking: what is missing of the set, and where to get it, a line each; empty: it is whole.
     """
 
     name: str
@@ -128,6 +56,7 @@ class SegmentationDataset:
     pairs: tuple[tuple[Path, Path], ...]
     expected: int | None = None
     values: LabelValues | None = None
+    lacking: tuple[str, ...] = ()
 
     @property
     def ignore(self) -> int:
@@ -176,7 +105,7 @@ def read_spec(name: str) -> DatasetSpec:
         text = files("pixelclip").joinpath(f"evaluation/specs/{name}.toml").read_text("utf-8")
     elif name.endswith(".toml"):
         try:
-            text = _small_text(Path(name))
+            text = small_text(Path(name))
         except DataError as error:
             raise ConfigError(str(error)) from error
     else:
@@ -203,7 +132,7 @@ def spec_classes(spec: DatasetSpec) -> tuple[str, ...]:
         ConfigError: the class list is unknown, or a name is not usable.
     """
     if not isinstance(spec.classes, str):
-        return check_classes(spec.classes)
+        return check_number(check_classes(spec.classes), spec.title)
     if spec.classes not in class_lists():
         raise ConfigError(
             f"unknown class list {spec.classes!r}; available: {', '.join(class_lists())}"
@@ -211,11 +140,22 @@ def spec_classes(spec: DatasetSpec) -> tuple[str, ...]:
     return class_lists()[spec.classes]
 
 
+def check_number(classes: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The classes, if they are not too many to be counted pair by pair.
+
+    Raises:
+        ConfigError: they are.
+    """
+    if len(classes) > MAX_CLASSES:
+        raise ConfigError(f"{where} has {len(classes)} classes; the limit is {MAX_CLASSES}")
+    return classes
+
+
 def load_dataset(name: str, root: Path) -> SegmentationDataset:
     """A data set in the folder that its official archives were unpacked to.
 
     Photos that are not there, or have no label map, are left out: `pairs` may be fewer than
-    `expected`.
+    `expected`, and `lacking` says what is missing.
 
     Args:
         name: one of `dataset_names`, or a TOML file like theirs.
@@ -229,36 +169,112 @@ def load_dataset(name: str, root: Path) -> SegmentationDataset:
     shown = Path(name).stem if name.endswith(".toml") else name
     if not root.is_dir():
         raise DataError(f"{shown}: no folder {root}; unpack there {spec.photos.get}")
-    where = f"{shown} in {root}"
+    where = _Root(spec, root, f"{shown} in {root}")
     try:
-        listed = None if spec.split is None else _split(spec, spec.split, root, where)
-        photos, names = _largest(root, spec.places(spec.photos), listed)
-        if not names:
-            raise _missing("photos", spec, spec.photos, where)
-        labels, names = _largest(root, spec.places(spec.labels), names)
-        if not names:
-            raise _missing("label maps of its photos", spec, spec.labels, where)
+        listed = None if spec.split is None else _split(spec.split, where)
+        photos = _largest(root, spec.places(spec.photos), listed)
+        if not photos.names:
+            of_list = "" if listed is None else f" of its list of {len(listed)}"
+            raise _missing(f"photos{of_list}", spec.photos, where)
+        labels = _largest(root, spec.places(spec.labels), photos.names)
+        if not labels.names:
+            raise _missing("label maps of its photos", spec.labels, where)
+        lacking = _lacking(where, listed, photos, labels)
     except OSError as error:
         raise DataError(f"{shown}: cannot read {root}: {error.strerror or error}") from error
-    pairs = tuple((_file(root, photos, n), _file(root, labels, n)) for n in names)
-    dataset = SegmentationDataset(shown, spec_classes(spec), pairs, spec.expected, spec.values)
+    pairs = tuple((_file(root, photos.at, n), _file(root, labels.at, n)) for n in labels.names)
+    dataset = SegmentationDataset(
+        shown, spec_classes(spec), pairs, spec.expected, spec.values, lacking
+    )
     return dataset if spec.empty == "kept" else _without_empty(dataset)
+
+
+class _Root(NamedTuple):
+    """Where a data set is read from; `name` is for messages."""
+
+    spec: DatasetSpec
+    root: Path
+    name: str
+
+
+class _Found(NamedTuple):
+    """Where files of a part lie, and the names of the photos they belong to."""
+
+    at: str
+    names: list[str]
 
 
 def _file(root: Path, pattern: str, name: str) -> Path:
     return root / pattern.replace("{}", name)
 
 
-def _missing(what: str, spec: DatasetSpec, part: Part | SplitList, where: str) -> DataError:
+def _missing(what: str, part: Part | SplitList, where: _Root) -> DataError:
     looked = ", ".join(place.replace("{}", "*") for place in part.at)
-    below = ", ".join(top for top in spec.tops if top)
+    below = ", ".join(top for top in where.spec.tops if top)
     also = f"; also in {below}" if below else ""
-    return DataError(f"{where}: no {what} (looked for {looked}{also}); get {part.get}")
+    hint = ""
+    if archive := _archive(part, where):
+        hint = f"{archive} is there but not unpacked; "
+    elif other := _elsewhere(part, where):
+        hint = f"there is some with --root {other}; "
+    return DataError(f"{where.name}: no {what} (looked for {looked}{also}); {hint}get {part.get}")
 
 
-def _largest(
-    root: Path, patterns: Sequence[str], wanted: Sequence[str] | None
-) -> tuple[str, list[str]]:
+def _archive(part: Part | SplitList, where: _Root) -> Path | None:
+    """The download itself, if it lies where it should have been unpacked."""
+    inside = (where.root / name for name in (*where.spec.tops, *where.spec.alike))
+    folders = (*inside, where.root, where.root.parent)
+    names = _ARCHIVE.findall(part.get)
+    found = (folder / name for name in names for folder in folders)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _elsewhere(part: Part | SplitList, where: _Root) -> Path | None:
+    """A folder around, from which the part would have been found."""
+    root = where.root.absolute()
+    places = where.spec.places(part)
+    looked = {root / place for place in places}
+    inside = sorted(path for path in islice(root.iterdir(), NEARBY) if path.is_dir())
+    for other in (*inside, root.parent, root.parent.parent):
+        if any(other / place not in looked and _is_there(other / place) for place in places):
+            return other
+    return None
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is that list, or any file of that pattern."""
+    if not place.name.startswith("{}"):
+        return place.is_file()
+    suffix = place.name.removeprefix("{}")
+    return place.parent.is_dir() and any(_files_below(place.parent, suffix))
+
+
+def _lacking(
+    where: _Root, listed: Sequence[str] | None, photos: _Found, labels: _Found
+) -> tuple[str, ...]:
+    """What is missing of the set, and where to get it; nothing if it is whole."""
+    spec, root = where.spec, where.root
+    lines = []
+    if len(labels.names) not in {spec.expected, *spec.other_lists}:
+        lines.append(f"{len(labels.names)} photos were found; the set has {spec.expected}")
+    total = spec.expected if listed is None else len(listed)
+    if len(photos.names) < total:
+        there = set(photos.names)
+        gone = next((name for name in listed or () if name not in there), None)
+        first = "" if gone is None else f", the first {_file(root, photos.at, gone)}"
+        missing = total - len(photos.names)
+        lines.append(f"{missing} of {total} photos are missing{first}; get {spec.photos.get}")
+    if missing := len(photos.names) - len(labels.names):
+        there = set(labels.names)
+        gone = next(name for name in photos.names if name not in there)
+        lines.append(
+            f"{missing} of {len(photos.names)} photos have no label map, the first"
+            f" {_file(root, labels.at, gone)}; get {spec.labels.get}"
+        )
+    return tuple(lines)
+
+
+def _largest(root: Path, patterns: Sequence[str], wanted: Sequence[str] | None) -> _Found:
     """The pattern that most photos fit (the first of equals), and their names.
 
     Args:
@@ -266,8 +282,8 @@ def _largest(
         patterns: relative to it.
         wanted: names to look for; None: all there are, sorted.
     """
-    found = [(pattern, _names(root, pattern, wanted)) for pattern in patterns]
-    return max(found, key=lambda pattern_names: len(pattern_names[1]))
+    found = [_Found(pattern, _names(root, pattern, wanted)) for pattern in patterns]
+    return max(found, key=lambda it: len(it.names))
 
 
 def _names(root: Path, pattern: str, wanted: Sequence[str] | None) -> list[str]:
@@ -276,22 +292,26 @@ def _names(root: Path, pattern: str, wanted: Sequence[str] | None) -> list[str]:
         return []
     if wanted is not None:
         return [name for name in wanted if _file(root, pattern, name).is_file()]
-    names = []
-    for path in folder.rglob(f"*{suffix}"):
-        relative = path.relative_to(folder)
-        if not any(part.startswith(".") for part in relative.parts) and path.is_file():
-            names.append(relative.as_posix().removesuffix(suffix))
-        if len(names) > MAX_PHOTOS:
-            raise DataError(f"{folder} has more than {MAX_PHOTOS} photos")
+    names = list(islice(_files_below(folder, suffix), MAX_PHOTOS + 1))
+    if len(names) > MAX_PHOTOS:
+        raise DataError(f"{folder} has more than {MAX_PHOTOS} photos")
     return sorted(names)
 
 
-def _split(spec: DatasetSpec, split: SplitList, root: Path, where: str) -> list[str]:
+def _files_below(folder: Path, suffix: str) -> Iterator[str]:
+    """Paths below a folder of the files with that ending, without it; hidden ones left out."""
+    for path in folder.rglob(f"*{suffix}"):
+        relative = path.relative_to(folder)
+        if not any(part.startswith(".") for part in relative.parts) and path.is_file():
+            yield relative.as_posix().removesuffix(suffix)
+
+
+def _split(split: SplitList, where: _Root) -> list[str]:
     """The names of the photos that count, in the order of their list."""
-    path = first_file(root / place for place in spec.places(split))
+    path = first_file(where.root / place for place in where.spec.places(split))
     if path is None:
-        raise _missing("list of photos", spec, split, where)
-    names = [line.strip() for line in _small_text(path).splitlines() if line.strip()]
+        raise _missing("list of photos", split, where)
+    names = [line.strip() for line in small_text(path).splitlines() if line.strip()]
     for name in names:
         if not _NAME.fullmatch(name):
             raise DataError(f"{path} lists {name[:80]!r}, which is no name of a photo")
@@ -301,24 +321,6 @@ def _split(spec: DatasetSpec, split: SplitList, root: Path, where: str) -> list[
     if times > 1:
         raise DataError(f"{path} lists {name} {times} times")
     return names
-
-
-def _small_text(path: Path) -> str:
-    """A text file that cannot be large.
-
-    Raises:
-        DataError: it is, is missing, or is no text.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_LIST_BYTES + 1)
-        if len(content) > MAX_LIST_BYTES:
-            raise DataError(f"{path} is too large: the limit is {MAX_LIST_BYTES / 1e6:.0f} MB")
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text") from error
 
 
 def _without_empty(dataset: SegmentationDataset) -> SegmentationDataset:
@@ -339,30 +341,54 @@ def _without_empty(dataset: SegmentationDataset) -> SegmentationDataset:
 def load_folder(folder: Path) -> SegmentationDataset:
     """The data set in a folder with `images/NAME.jpg`, `labels/NAME.png` and `classes.txt`.
 
+    Label maps without a photo are passed over, and `lacking` says so.
+
     Raises:
-        DataError: a part is missing or not usable; it is named. A single photo without a label
-            map is not: evaluation lists it among the failed.
+        DataError: a part is missing or not usable, or two photos would have the same label map;
+            it is named. A single photo without a label map is not: evaluation lists it among the
+            failed.
     """
     for part in ("images", "labels", "classes.txt"):
         if not (folder / part).exists():
             raise DataError(f"{folder} has no {part}; a data set has images/, labels/, classes.txt")
     try:
-        # A line's number is its label, so an empty one between others would shift the rest.
-        text = (folder / "classes.txt").read_text(encoding="utf-8-sig").rstrip()
-        classes = check_classes(text.splitlines())
+        classes = _class_file(folder / "classes.txt")
         photos = sorted(p for p in (folder / "images").iterdir() if is_photo(p, folder))
-        labels = {
-            path.stem: path
-            for path in (folder / "labels").iterdir()
-            if path.suffix.lower() == ".png"
-        }
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise DataError(f"{folder} is not a usable data set: {error}") from error
+        maps = (p for p in (folder / "labels").iterdir() if p.suffix.lower() == ".png")
+        labels = _by_stem(sorted(p for p in maps if p.is_file() and not p.name.startswith(".")))
+        by_stem = _by_stem(photos)
+    except (OSError, ConfigError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{folder} is not a usable data set: {reason}") from error
     if not photos:
         raise DataError(f"no photos in {folder / 'images'}")
-    if not any(photo.stem in labels for photo in photos):
+    if not labels.keys() & by_stem.keys():
         raise DataError(f"no photo in {folder / 'images'} has a label map in {folder / 'labels'}")
     pairs = tuple(
         (photo, labels.get(photo.stem, folder / "labels" / f"{photo.stem}.png")) for photo in photos
     )
-    return SegmentationDataset(folder.resolve().name, classes, pairs)
+    alone = [path for stem, path in labels.items() if stem not in by_stem]
+    lacking = (f"{len(alone)} label maps have no photo, the first {alone[0]}",) if alone else ()
+    return SegmentationDataset(folder.resolve().name, classes, pairs, lacking=lacking)
+
+
+def _class_file(path: Path) -> tuple[str, ...]:
+    """Class names, one a line: its number is the label, so an empty one would shift the rest."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    # Not splitlines: it takes a form feed inside a name for the end of a line.
+    text = small_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    return check_number(check_classes(text.rstrip("\n \t").split("\n")), str(path))
+
+
+def _by_stem(paths: Sequence[Path]) -> dict[str, Path]:
+    """Paths by their names without suffix.
+
+    Raises:
+        DataError: two have the same.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        if (other := found.setdefault(path.stem, path)) is not path:
+            raise DataError(f"{other} and {path.name} have the same name; remove one of them")
+    return found

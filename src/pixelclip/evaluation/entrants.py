@@ -4,37 +4,22 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from pixelclip.backbones import Backbone, load_backbone, weights_hash
+from pixelclip.backbones import Backbone
+from pixelclip.backbones.means import Means, all_that_tells, identity_of
 from pixelclip.config import SegmentConfig
 from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.evaluate import PIECE, Pair
 from pixelclip.evaluation.rivals import make_rival
 from pixelclip.files import printable
+from pixelclip.masks.refiner import MadeBefore, Refiner
 from pixelclip.segmenter import Segmenter
 
-VERSION = 1  # of what is counted: pieces of another one are done again
-FREE = {"max_pixels", "weights"}  # weights are told by their hashes
-
-
-@dataclass(frozen=True)
-class Means:
-    """What photos are segmented with; goes to worker processes.
-
-    Attributes:
-        model: name, weight file or run directory.
-        checkpoint: weights that replace the model's.
-        device: auto, cpu, cuda, cuda:N or mps.
-        attention: last block of a ViT, of the model itself.
-        dino: tower of the rivals that need one: name, folder or weight file.
-    """
-
-    model: str
-    checkpoint: Path | None = None
-    device: str = "auto"
-    attention: str = "pixelclip"
-    dino: str | None = None
+VERSION = 2  # of what is counted: pieces of another one are done again
+# Their arithmetic and their pictures decide the last bits.
+PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow", "scikit-image")
 
 
 @dataclass(frozen=True)
@@ -49,6 +34,7 @@ class Task:
         first: number of its first piece.
         identity: a hash of all that decides the figures beside the photos.
         folder: of its pieces.
+        masks: of which each gets one class: the name of a source, or those made before.
     """
 
     rival: str
@@ -58,6 +44,7 @@ class Task:
     first: int = 0
     identity: str = ""
     folder: Path = Path()
+    masks: str | MadeBefore | None = None
 
     @property
     def pieces(self) -> list[tuple[Pair, ...]]:
@@ -86,10 +73,18 @@ def _state(path: Path) -> list[object]:
 class Entrants:
     """The model and its rivals, which share its weights; loaded when they are first asked for."""
 
-    def __init__(self, means: Means):
+    def __init__(self, means: Means, dino: str | None = None):
+        """Load nothing yet.
+
+        Args:
+            means: the model.
+            dino: tower of the rivals that need one: name, folder or weight file.
+        """
         self.means = means
+        self.dino = dino
         self.backbones: dict[str, Backbone] = {}
-        self.hashes: dict[str, list[str]] = {}
+        self.models: dict[str, str] = {}  # hashes
+        self.sources: dict[str, Refiner] = {}
         self.last: tuple[Task, Segmenter] | None = None
 
     def backbone(self, rival: str = "") -> Backbone:
@@ -100,16 +95,8 @@ class Entrants:
             ModelError: weights cannot be loaded.
         """
         if rival not in self.backbones:
-            means = self.means
             self.backbones[rival] = (
-                make_rival(rival, self.backbone(), dino=means.dino)
-                if rival
-                else load_backbone(
-                    means.model,
-                    checkpoint=means.checkpoint,
-                    device=means.device,
-                    attention=means.attention,
-                )
+                make_rival(rival, self.backbone(), dino=self.dino) if rival else self.means.load()
             )
         return self.backbones[rival]
 
@@ -121,24 +108,36 @@ class Entrants:
         """
         if self.last is None or self.last[0] is not task:
             backbone = self.backbone(task.rival)
-            self.last = task, Segmenter(backbone, task.dataset.classes, config=task.config)
+            self.last = (
+                task,
+                Segmenter(
+                    backbone, task.dataset.classes, config=task.config, refine=self._refiner(task)
+                ),
+            )
         return self.last[1]
+
+    def _refiner(self, task: Task) -> Refiner | None:
+        """The masks of a task; a source, which may hold a model, is loaded once."""
+        device = str(self.backbone().device)
+        if not isinstance(task.masks, str):
+            return None if task.masks is None else Refiner(task.masks, device)
+        if task.masks not in self.sources:
+            self.sources[task.masks] = Refiner(task.masks, device)
+        return self.sources[task.masks]
 
     def identity(self, task: Task, threads: int) -> str:
         """A hash of all that decides a task's figures, beside the photos and labels."""
         segmenter = self.segmenter(task)
-        if task.rival not in self.hashes:
-            backbone = segmenter.backbone
-            self.hashes[task.rival] = [weights_hash(backbone.visual), backbone.text_hash]
-        described = segmenter.description()
-        what = {
-            **{name: value for name, value in described.items() if name not in FREE},
-            "evaluation": VERSION,
-            "rival": task.rival,
-            "classes": segmenter.classes,
-            "hashes": self.hashes[task.rival],
-            "labels": repr(task.dataset.values),
-            "threads": threads,
-            "piece": PIECE,
-        }
-        return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
+        if task.rival not in self.models:
+            self.models[task.rival] = all_that_tells(segmenter.backbone)
+        return identity_of(
+            self.models[task.rival],
+            segmenter.description(),
+            evaluation=VERSION,
+            rival=task.rival,
+            classes=segmenter.classes,
+            labels=repr(task.dataset.values),
+            threads=threads,
+            piece=PIECE,
+            packages=[version(package) for package in PACKAGES],
+        )

@@ -29,11 +29,13 @@ class Compared(NamedTuple):
         number: of the pair among those given, from 0.
         counts: None if the pair could not be used.
         error: one line; empty if it could.
+        labels: of the photo, in its own pixels; None if the pair could not be used.
     """
 
     number: int
     counts: Counts | None
     error: str = ""
+    labels: Integer[np.ndarray, "H W"] | None = None
 
 
 class _Read(NamedTuple):
@@ -108,7 +110,8 @@ def _run(
     results = segmenter.run([item.prepared for item in items])
     for item, result in zip(items, results, strict=True):
         labels = with_background(result.labels, dataset)
-        yield Compared(item.number, count_photo(item.truth, labels, len(dataset.classes)))
+        counts = count_photo(item.truth, labels, len(dataset.classes))
+        yield Compared(item.number, counts, labels=labels)
 
 
 def with_background(

@@ -123,12 +123,12 @@ def read_classes(path: Path, labels: LabelValues, ignore: int) -> Int64[np.ndarr
 
 
 def read_png_labels(path: Path) -> Shaped[np.ndarray, "H W"]:
-    """The values of a PNG with one channel of 8 or 16 bits, or a palette.
+    """The values of a PNG with one channel of 1 to 16 bits, or a palette.
 
     Raises:
         DataError: the file is missing, damaged, too large, or has several channels.
     """
-    _check_pixels(path)
+    _check_head(path)
     return read_indices(path)
 
 
@@ -138,7 +138,7 @@ def read_ade20k_labels(path: Path) -> Int64[np.ndarray, "H W"]:
     Raises:
         DataError: the file is missing, damaged, too large, or not in colour.
     """
-    _check_pixels(path)
+    _check_head(path)
     colours: UInt8[np.ndarray, "H W 3"] = read_png(path, {"RGB"}, "is not a PNG in RGB")
     return colours[..., 0].astype(np.int64) // 10 * 256 + colours[..., 1]
 
@@ -179,7 +179,9 @@ def _whole(values: Shaped[np.ndarray, "H W"], path: Path) -> Int64[np.ndarray, "
     return values.astype(np.int64)
 
 
-def _check_pixels(path: Path) -> None:
+def _check_head(path: Path) -> None:
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is not a file" if path.exists() else f"no label map {path}")
     head = png_head(path)
     if head.width * head.height > MAX_PIXELS:
         raise DataError(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from pixelclip.errors import DataError
@@ -25,11 +26,12 @@ from pixelclip.evaluation.metrics import (
     mean_iou,
     pixel_accuracy,
 )
+from pixelclip.evaluation.pieces import worst_of
 from pixelclip.files import printable
 from pixelclip.images import write_bytes
 from pixelclip.segmenter import Segmenter
 
-WORST = 8  # photos listed and drawn
+WIDEST = 10_000  # characters of a line
 
 
 class WorstPhoto(TypedDict):
@@ -135,17 +137,11 @@ def make_report(
                 photo=printable(dataset.pairs[index][0]),
                 miou=_percent(float(scores.mious[index])),
             )
-            for index in worst_photos(scores)
+            for index in worst_of(scores.mious)
         ],
         failed=failed,
         settings=settings,
     )
-
-
-def worst_photos(scores: Scores) -> list[int]:
-    """Indices of the pairs of lowest mIoU, the worst first; equal ones in their order."""
-    order = np.argsort(scores.mious, kind="stable")
-    return [int(index) for index in order[:WORST] if not np.isnan(scores.mious[index])]
 
 
 def _percent(share: float) -> float:
@@ -185,6 +181,17 @@ def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
     write_bytes(path, text.getvalue().encode("utf-8", "replace"))
 
 
+def print_wide(table: Table) -> None:
+    """Print a table whose figures stay in one line; where no terminal reads it, all else too."""
+    console = Console()
+    for column in table.columns:
+        column.no_wrap = column.justify == "right"
+        column.overflow = "fold"
+    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table)
+    least = needed.minimum if console.is_terminal else needed.maximum
+    Console(width=max(console.width, least)).print(table)
+
+
 def print_report(report: Report) -> None:
     """Print the figures: a table of the classes that occur, then one line."""
     name = report["model"] if report["rival"] is None else f"{report['model']}, {report['rival']}"
@@ -195,9 +202,8 @@ def print_report(report: Report) -> None:
         edge = report["per_class_boundary_iou"][class_name]
         if iou is not None and edge is not None:
             table.add_row(escape(class_name), f"{iou:.1f}", f"{edge:.1f}")
-    console = Console()
-    console.print(table)
-    console.print(
+    print_wide(table)
+    Console().print(
         f"mIoU {report['miou']:.1f} over {report['classes_present']} classes, pixel accuracy"
         f" {report['pixel_accuracy']:.1f}, mean accuracy {report['mean_accuracy']:.1f}, boundary"
         f" IoU {report['boundary_iou']:.1f} ({report['photos']} photos)",

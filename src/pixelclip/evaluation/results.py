@@ -2,9 +2,12 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Integer
 
 from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.protocols import published
@@ -14,12 +17,11 @@ from pixelclip.evaluation.report import (
     print_failed,
     print_report,
     print_terms,
-    worst_photos,
     write_classes,
     write_confusion,
     write_csv,
 )
-from pixelclip.evaluation.sheet import write_sheet
+from pixelclip.evaluation.sheet import Case, write_sheet
 from pixelclip.evaluation.table import (
     Row,
     cells,
@@ -30,7 +32,6 @@ from pixelclip.evaluation.table import (
     row_name,
 )
 from pixelclip.images import write_bytes, write_json
-from pixelclip.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,16 @@ class Result:
     Attributes:
         report: the figures.
         scores: what they are made of.
-        segmenter: draws the worst photos again.
+        drawn: label maps of the worst photos, by the number of the pair.
         dataset: photos with labels.
+        max_pixels: of photos that are read.
     """
 
     report: Report
     scores: Scores
-    segmenter: Segmenter
+    drawn: Mapping[int, Integer[np.ndarray, "_ _"]]
     dataset: SegmentationDataset
+    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,18 @@ class Results:
     def rows(self) -> list[Row]:
         """The lines of the table: ours, then what others have published."""
         lines = published() if self.with_published else ()
-        return [*our_rows(self.reports, self.sets), *published_rows(lines, self.sets)]
+        ours = our_rows(self.reports, self.sets, partial=self.partial)
+        return [*ours, *published_rows(lines, self.sets)]
+
+    @property
+    def partial(self) -> dict[str, tuple[str, ...]]:
+        """Official data sets that were not evaluated whole, and what they lack."""
+        return {
+            result.dataset.name: result.dataset.lacking
+            for result in self.found
+            if result.dataset.expected is not None
+            and (result.dataset.lacking or result.report["failed"])
+        }
 
 
 def as_document(results: Results) -> dict[str, object]:
@@ -119,10 +133,12 @@ def _write_result(output: Path, result: Result) -> None:
     folder = output / _file_name(report["dataset"]) / _file_name(row_name(report))
     write_classes(folder / "classes.csv", report)
     write_confusion(folder / "confusion.csv", report, result.scores.counts)
-    worst = worst_photos(result.scores)
-    cases = list(zip(worst, [case["miou"] for case in report["worst"]], strict=True))
+    cases = [
+        Case(number, listed["miou"], labels)
+        for (number, labels), listed in zip(result.drawn.items(), report["worst"], strict=True)
+    ]
     title = f"{report['dataset']}, {row_name(report)}: the photos of lowest mIoU"
-    write_sheet(folder / "worst.png", result.segmenter, result.dataset, cases, title)
+    write_sheet(folder / "worst.png", result.dataset, cases, title, result.max_pixels)
 
 
 def _file_name(text: str) -> str:
@@ -135,9 +151,12 @@ def print_results(results: Results, *, quiet: bool) -> None:
         if len(results.found) == 1 and not results.with_published:
             print_report(results.reports[0])
         else:
-            print_table(results.rows, results.sets)
+            print_table(results.rows, results.sets, results.reports)
         print_terms(results.reports)
     print_failed(results.reports)
+    for name, lines in results.partial.items():
+        for line in lines:
+            print(f"pixelclip: not whole: {name}: {line}", file=sys.stderr)
     print_lines(results.missing)
 
 

@@ -1,14 +1,13 @@
 """One table: a row per model or rival, a column per data set and the mean."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pixelclip.evaluation.protocols import Published
-from pixelclip.evaluation.report import Report
+from pixelclip.evaluation.report import Report, print_wide
 
 FIGURES = {
     "miou": "mIoU",
@@ -26,17 +25,19 @@ class Row(NamedTuple):
         name: of the model, with the rival; or the published method.
         source: where the figures are from; empty: this run.
         values: in percent, as the columns; None: not evaluated, or not published.
+        is_whole: none of the data sets lacks photos.
     """
 
     name: str
     source: str
     values: tuple[float | None, ...]
+    is_whole: bool = True
 
     @property
     def mean(self) -> float | None:
-        """Over the data sets; None where one is missing, as such means cannot be compared."""
+        """Over the data sets; None where one is missing or not whole: it cannot be compared."""
         known = [value for value in self.values if value is not None]
-        complete = len(known) == len(self.values) and known
+        complete = len(known) == len(self.values) and known and self.is_whole
         return round(sum(known) / len(known), 3) if complete else None
 
 
@@ -45,18 +46,28 @@ def row_name(report: Report) -> str:
     return report["model"] if report["rival"] is None else f"{report['model']}, {report['rival']}"
 
 
-def our_rows(reports: Sequence[Report], sets: Sequence[str], figure: str = "miou") -> list[Row]:
+def our_rows(
+    reports: Sequence[Report],
+    sets: Sequence[str],
+    figure: str = "miou",
+    *,
+    partial: Collection[str] = (),
+) -> list[Row]:
     """A row for each model and rival, in the order they come in.
 
     Args:
         reports: of this run.
         sets: names of the columns.
         figure: key of `FIGURES`.
+        partial: names of data sets that lack photos.
     """
     rows: dict[str, dict[str, float]] = {}
     for report in reports:
         rows.setdefault(row_name(report), {})[report["dataset"]] = report[figure]  # type: ignore[literal-required]  # a key of FIGURES
-    return [Row(name, "", tuple(map(values.get, sets))) for name, values in rows.items()]
+    return [
+        Row(name, "", tuple(map(values.get, sets)), values.keys().isdisjoint(partial))
+        for name, values in rows.items()
+    ]
 
 
 def published_rows(lines: Sequence[Published], sets: Sequence[str]) -> list[Row]:
@@ -66,12 +77,14 @@ def published_rows(lines: Sequence[Published], sets: Sequence[str]) -> list[Row]
 
 
 def cells(rows: Sequence[Row], sets: Sequence[str], digits: int = 1) -> list[list[str]]:
-    """The table as text, head first; without a column of sources if all are from this run."""
+    """The table as text, head first; no mean of one set, no sources if all are from this run."""
     has_sources = any(row.source for row in rows)
-    head = ["mIoU %", *sets, "mean", *(["source"] if has_sources else [])]
+    has_mean = len(sets) > 1
+    head = ["mIoU %", *sets, *(["mean"] * has_mean), *(["source"] * has_sources)]
     lines = []
     for row in rows:
-        figures = ["" if v is None else f"{v:.{digits}f}" for v in (*row.values, row.mean)]
+        values = (*row.values, row.mean) if has_mean else row.values
+        figures = ["" if v is None else f"{v:.{digits}f}" for v in values]
         lines.append([row.name, *figures, *([row.source or "this run"] if has_sources else [])])
     return [head, *lines]
 
@@ -94,7 +107,7 @@ def document(
     reports: Sequence[Report], rows: Sequence[Row], sets: Sequence[str], missing: Sequence[str]
 ) -> str:
     """The whole evaluation in Markdown: mIoU beside what is published, and all else per set."""
-    parts = ["# Evaluation\n", markdown(cells(rows, sets))]
+    parts = ["# Evaluation\n", markdown(cells(rows, sets)), f"{kinds_of_sets(reports)}\n"]
     if missing:
         parts.append("Not evaluated:\n" + "".join(f"\n- {line}" for line in missing) + "\n")
     for name in dict.fromkeys(report["dataset"] for report in reports):
@@ -131,16 +144,31 @@ def _classes(reports: Sequence[Report]) -> str:
     for name, pixels in reports[0]["per_class_pixels"].items():
         pairs = [(r["per_class"][name], r["per_class_boundary_iou"][name]) for r in reports]
         figures = ["" if i is None or b is None else f"{i:.1f} ({b:.1f})" for i, b in pairs]
-        lines.append([name, *figures, str(pixels)])
-    return markdown(lines)
+        if pixels:
+            lines.append([name, *figures, str(pixels)])
+    absent = len(reports[0]["per_class_pixels"]) - len(lines) + 1
+    return markdown(lines) + (f"\n{absent} classes do not occur.\n" if absent else "")
 
 
-def print_table(rows: Sequence[Row], sets: Sequence[str]) -> None:
-    """Print the table."""
+def kinds_of_sets(reports: Sequence[Report]) -> str:
+    """A line on how much stands behind each column."""
+    sets = {report["dataset"]: report for report in reversed(reports)}
+    said = [
+        f"{name} {report['photos']} photos, {report['classes_present']} of"
+        f" {len(report['per_class'])} classes"
+        for name, report in reversed(sets.items())
+    ]
+    mean = "; each counts the same in the mean" if len(said) > 1 else ""
+    return f"Photos and classes that occur: {'; '.join(said)}{mean}."
+
+
+def print_table(rows: Sequence[Row], sets: Sequence[str], reports: Sequence[Report]) -> None:
+    """Print the table, and what stands behind its columns."""
     head, *lines = cells(rows, sets)
     table = Table(*map(escape, head))
     for column, name in zip(table.columns, head, strict=True):
         column.justify = "left" if name in (head[0], "source") else "right"
     for line in lines:
         table.add_row(*map(escape, line))
-    Console().print(table)
+    print_wide(table)
+    print(kinds_of_sets(reports))

@@ -1,11 +1,13 @@
 """The vocabulary report as Markdown and as pictures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pixelclip.errors import MissingExtra
+import numpy as np
+from jaxtyping import Float
+
 from pixelclip.evaluation.vocabulary_report import ClassRow, VocabularyReport
 from pixelclip.images import write_bytes
 
@@ -13,20 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 12
-
-
-def check_plots() -> None:
-    """Make sure that pictures can be drawn, before the work and not after it.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401  # only whether it is there
-    except ImportError as error:
-        raise MissingExtra(
-            "pictures need matplotlib: pip install 'pixelclip[plots]', or give --no-plots"
-        ) from error
+FONT = 7  # of the names beside points
 
 
 def markdown(report: VocabularyReport) -> str:
@@ -41,8 +30,12 @@ def markdown(report: VocabularyReport) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[object]], texts: Collection[int] = (0,)
+) -> str:
+    """A table; all columns but those of texts are set to the right."""
+    marks = ["---" if column in texts else "---:" for column in range(len(head))]
+    lines = [head, marks, *rows]
     return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
 
 
@@ -68,6 +61,11 @@ def _head(report: VocabularyReport) -> str:
             f" of {near['accuracy_before']:.1f}; they take {near['pixels']:.1f} % of the labelled"
             " pixels."
         )
+    lines.append(
+        f"Protocol {report['protocol']}; hash of the class names {report['classes_sha256'][:12]}."
+    )
+    if report["departures"]:
+        lines.append("\n".join(f"- {line}" for line in report["departures"]))
     return "\n\n".join(lines)
 
 
@@ -114,6 +112,7 @@ def _wordings(report: VocabularyReport) -> str:
         ["class", "IoU %", "mean", "deviation", "lowest", "highest", "worst wording", "best"],
         [[row["name"], row["iou"], own["mean"], own["deviation"], own["lowest"], own["highest"],
           own["worst"], own["best"]] for row in report["classes"] if (own := row["wording"])],
+        texts=(0, 6, 7),
     )  # fmt: skip
     swaps = [row for row in report["wordings"] if row["kind"] == "one synonym"]
     swaps.sort(key=lambda row: row["change"])
@@ -122,8 +121,11 @@ def _wordings(report: VocabularyReport) -> str:
         ["one name changed", "IoU % of the class", "mIoU %", "change"],
         [[row["label"], row["iou"], row["miou"], f"{row['change']:+.1f}"] for row in chosen],
     )
-    parts = ["## Wording", first, second]
-    return "\n\n".join([*parts, third] if swaps else parts)
+    parts = ["## Wording", first, "Over all wordings that rename the class:", second]
+    if not swaps:
+        return "\n\n".join(parts)
+    most = f", the {SHOWN} worst and the {SHOWN} best" if len(chosen) < len(swaps) else ""
+    return "\n\n".join([*parts, f"One name at a time ({len(swaps)} in all{most}):", third])
 
 
 def _near(report: VocabularyReport) -> str:
@@ -136,14 +138,18 @@ def _near(report: VocabularyReport) -> str:
     ]
     return (
         "## Near misses\n\nShare of each class's pixels that was right and is lost, and the name"
-        " that takes most.\n\n" + _table(["class", "lost %", "near miss"], rows)
+        " that takes most, right or wrong.\n\n"
+        + _table(["class", "lost %", "near miss"], rows, texts=(0, 2))
         + "\n\nAdded: " + ", ".join(report["near_misses"]["names"]) + "."
     )  # fmt: skip
 
 
 def _pairs(report: VocabularyReport) -> str:
     rows = [[row["true"], row["predicted"], row["share"]] for row in report["confused"]]
-    return "## Confused\n\n" + _table(["true", "labelled as", "% of the true class"], rows)
+    if not rows:
+        return ""
+    table = _table(["true", "labelled as", "% of the true class"], rows, texts=(0, 1))
+    return f"## Confused\n\nThe {len(rows)} largest shares.\n\n{table}"
 
 
 def write_pictures(report: VocabularyReport, folder: Path) -> list[Path]:
@@ -154,16 +160,18 @@ def write_pictures(report: VocabularyReport, folder: Path) -> list[Path]:
     """
     from matplotlib.figure import Figure  # no pyplot: it keeps a global state
 
-    rows = [row for row in report["classes"] if row["iou"] is not None]
-    title = f"{report['model']} on {report['dataset']}"
+    count = sum(row["iou"] is not None for row in report["classes"])
+    about = f"{report['model']} on {report['dataset']} ({report['photos']} photos)"
     written = []
-    for name, size, draw in (
-        ("frequency_and_size.png", (12.0, 5.5), _draw_classes),
-        ("wordings.png", (8.0, 1.5 + 0.28 * len(rows)), _draw_wordings),
-    ):
+    for name, title, size, draw in (
+        ("frequency_and_size.png", "IoU of each class over its frequency and size",
+         (13.0, 6.0), _draw_classes),
+        ("wordings.png", "IoU of each class over the wordings of its name",
+         (8.0, 1.7 + 0.28 * count), _draw_wordings),
+    ):  # fmt: skip
         figure = Figure(figsize=size, layout="constrained")
-        figure.suptitle(title)
-        draw(figure, rows)
+        figure.suptitle(f"{title}: {about}", fontsize=11)
+        draw(figure, report)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
         write_bytes(folder / name, buffer.getvalue())
@@ -171,32 +179,79 @@ def write_pictures(report: VocabularyReport, folder: Path) -> list[Path]:
     return written
 
 
-def _draw_classes(figure: "Figure", rows: Sequence[ClassRow]) -> None:
+def _seen(report: VocabularyReport) -> list[ClassRow]:
+    return [row for row in report["classes"] if row["iou"] is not None]
+
+
+def _draw_classes(figure: "Figure", report: VocabularyReport) -> None:
+    from matplotlib.ticker import LogLocator
+
+    rows, correlation = _seen(report), report["rank_correlation"]
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, what, values in (
-        (panels[0], "share of the labelled pixels, %", [row["pixels"] for row in rows]),
-        (panels[1], "size of objects, pixels", [row["object_area"] for row in rows]),
-    ):
-        ious = [row["iou"] for row in rows]
+    ious = [row["iou"] or 0.0 for row in rows]
+    for axes, what, key, values in (
+        (panels[0], "share of the labelled pixels, %", "pixels", [row["pixels"] for row in rows]),
+        (panels[1], "size of objects, pixels", "object_area",
+         [float(row["object_area"] or 0) for row in rows]),
+    ):  # fmt: skip
         axes.scatter(values, ious, s=18)
-        for row, x, y in zip(rows, values, ious, strict=True):
-            axes.annotate(row["name"].split(",")[0], (x, y), (3, 3), textcoords="offset points",
-                          fontsize=7)  # fmt: skip
-        axes.set(xscale="log", xlabel=what, ylim=(0, 100), xmargin=0.12)
+        axes.set(xscale="log", xlabel=what, ylim=(-4, 104), xmargin=0.12)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axes.xaxis.set_minor_formatter("")
+        if (value := correlation[key]) is not None:
+            axes.set_title(f"rank correlation {value:+.2f}", fontsize=9, color="0.3")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("IoU, %")
+    figure.draw_without_rendering()  # places are known only then
+    for axes, values in (
+        (panels[0], [row["pixels"] for row in rows]),
+        (panels[1], [float(row["object_area"] or 0) for row in rows]),
+    ):
+        points = axes.transData.transform(list(zip(values, ious, strict=True))) * 72 / figure.dpi
+        names = [row["name"].split(",")[0] for row in rows]
+        for name, value, iou, offset in zip(names, values, ious, _offsets(points, names),
+                                            strict=True):  # fmt: skip
+            if offset is not None:
+                axes.annotate(name, (value, iou), offset, textcoords="offset points",
+                              fontsize=FONT, annotation_clip=False)  # fmt: skip
 
 
-def _draw_wordings(figure: "Figure", rows: Sequence[ClassRow]) -> None:
+def _offsets(
+    points: Float[np.ndarray, "N 2"], names: Sequence[str]
+) -> list[tuple[float, float] | None]:
+    """Where names stand beside their points, in points of 1/72 inch; None: there is no room."""
+    taken = [(x - 2.5, y - 2.5, x + 2.5, y + 2.5) for x, y in points]
+    offsets: list[tuple[float, float] | None] = []
+    for (x, y), name in zip(points, names, strict=True):
+        width, found = 0.56 * FONT * len(name), None
+        for right, up in (
+            (4, -2.5), (-4 - width, -2.5), (-width / 2, 4), (-width / 2, -4 - FONT), (3, 3),
+            (3, -3 - FONT), (-3 - width, 3), (-3 - width, -3 - FONT),
+        ):  # fmt: skip
+            box = (x + right, y + up, x + right + width, y + up + FONT)
+            if not any(
+                box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
+            ):
+                taken.append(box)
+                found = (float(right), float(up))
+                break
+        offsets.append(found)
+    return offsets
+
+
+def _draw_wordings(figure: "Figure", report: VocabularyReport) -> None:
     axes = figure.subplots()
-    rows = sorted(rows, key=lambda row: row["iou"] or 0)
+    rows = sorted(_seen(report), key=lambda row: row["iou"] or 0)
     places = range(len(rows))
     spreads = [row["wording"] for row in rows if row["wording"]]
     lowest, highest = [own["lowest"] for own in spreads], [own["highest"] for own in spreads]
-    axes.hlines(places, lowest, highest, color="0.6", linewidth=2, label="worst to best wording")
-    axes.plot([own["mean"] for own in spreads], places, "|", color="C0", label="mean")
+    axes.hlines(places, lowest, highest, color="0.7", linewidth=3, label="worst to best wording")
     axes.plot([row["iou"] or 0 for row in rows], places, "o", color="C0", label="as given")
+    axes.plot([own["mean"] for own in spreads], places, "|", color="black", markersize=9,
+              label="mean")  # fmt: skip
     axes.set_yticks(places, [row["name"].split(",")[0] for row in rows], fontsize=8)
-    axes.set(xlabel="IoU, %", xlim=(0, 100))
+    axes.set(xlabel="IoU, %", xlim=(-1, 101), ylim=(-0.8, len(rows) - 0.2))
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.03 - 2 / (4 + len(rows))), ncols=3,
+                fontsize=8, frameon=False)  # fmt: skip

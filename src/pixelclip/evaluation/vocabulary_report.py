@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64
 
 from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.metrics import accuracy_per_class, iou_per_class, mean_accuracy, mean_iou
+from pixelclip.evaluation.report import Terms
 from pixelclip.evaluation.vocabularies import Counted, Vocabularies
 from pixelclip.evaluation.wordings import Wording
 
@@ -104,7 +105,10 @@ class VocabularyReport(TypedDict):
 
     dataset: str
     model: str
+    classes_sha256: str
     photos: int
+    protocol: str
+    departures: list[str]
     miou: float
     classes: list[ClassRow]
     rank_correlation: dict[str, float | None]
@@ -164,7 +168,10 @@ def confused_pairs(
 
 
 def report(
-    vocabularies: Vocabularies, dataset: SegmentationDataset, counted: Counted
+    vocabularies: Vocabularies,
+    dataset: SegmentationDataset,
+    counted: Counted,
+    terms: Terms = Terms(),  # noqa: B008 - it cannot be changed
 ) -> VocabularyReport:
     """The figures of what was counted."""
     wordings = vocabularies.wordings
@@ -176,7 +183,10 @@ def report(
     return VocabularyReport(
         dataset=dataset.name,
         model=given.backbone.card.name,
+        classes_sha256=dataset.classes_sha256,
         photos=len(dataset.pairs) - len(counted.failed),
+        protocol=terms.protocol,
+        departures=list(terms.departures),
         miou=rows[0]["miou"],
         classes=classes,
         rank_correlation=_correlations(classes),

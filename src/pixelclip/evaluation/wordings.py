@@ -1,7 +1,9 @@
 """Other ways to write a vocabulary: synonyms, plurals, templates, near-miss names."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,12 +24,15 @@ class Concept(BaseModel):
 
     Attributes:
         names: which mean the same.
+        kinds: names of sorts and parts of the thing, and of what some labelled sets count as it;
+            where the thing is a class, they are no near misses of any class.
         near: names of other things that look or sound alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     names: tuple[str, ...] = Field(min_length=1, max_length=1000)
+    kinds: tuple[str, ...] = Field((), max_length=1000)
     near: tuple[str, ...] = Field((), max_length=1000)
 
 
@@ -46,18 +51,25 @@ class Thesaurus(BaseModel):
 
     def find(self, name: str) -> Concept:
         """The concept that a class name, or one of its synonyms, belongs to."""
-        own = {key(part) for part in synonyms(name)}
-        for concept in self.concepts:
-            if own & {key(other) for other in concept.names}:
-                return concept
-        return Concept(names=tuple(synonyms(name)))
+        own = [self._places[part] for part in map(key, synonyms(name)) if part in self._places]
+        return self.concepts[min(own)] if own else Concept(names=tuple(synonyms(name)))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """The first concept of each name."""
+        places: dict[str, int] = {}
+        for place, concept in enumerate(self.concepts):
+            for name in concept.names:
+                places.setdefault(key(name), place)
+        return places
 
 
 class Wording(NamedTuple):
     """One way to write a vocabulary.
 
     Attributes:
-        kind: what is changed; only `one synonym` changes a single class.
+        kind: what is changed; only `one synonym` changes a single class. `synonyms` changes all
+            names that have so many.
         label: the change in words.
         names: of the classes, in the data set's order; near misses follow them.
         templates: for `SegmentConfig.templates`; empty: as given.
@@ -105,7 +117,12 @@ def synonyms(name: str) -> list[str]:
 
 
 def plural(name: str, irregular: dict[str, str]) -> str:
-    """The plural of a name's last word; every synonym's, where commas separate some."""
+    """The plural of a name's last word; every synonym's, where commas separate some.
+
+    The background is no thing and has none.
+    """
+    if is_background(name):
+        return name
     if "," in name:
         return ", ".join(plural(part, irregular) for part in synonyms(name))
     *before, last = name.split(" ")
@@ -115,6 +132,8 @@ def plural(name: str, irregular: dict[str, str]) -> str:
 def _plural_by_rule(word: str) -> str:
     if word.endswith("y") and word[-2:-1] not in tuple("aeiou"):
         return f"{word[:-1]}ies"
+    if word.endswith("s") and not word.endswith(("ss", "us")):
+        return word  # stairs, waterdrops
     return f"{word}es" if word.endswith(("s", "x", "z", "ch", "sh")) else f"{word}s"
 
 
@@ -122,21 +141,42 @@ def other_names(classes: Sequence[str], thesaurus: Thesaurus) -> list[list[str]]
     """Per class the synonyms that no class of the vocabulary has yet."""
     taken = _taken(classes)
     return [
-        [other for other in thesaurus.find(name).names if key(other) not in taken]
+        []
+        if is_background(name)
+        else [other for other in thesaurus.find(name).names if key(other) not in taken]
         for name in classes
     ]
 
 
 def near_misses(classes: Sequence[str], thesaurus: Thesaurus) -> list[str]:
-    """Names of things that are none of the classes but near to one, each once."""
-    concepts = [thesaurus.find(name) for name in classes]
-    known = _taken(classes) | {key(name) for concept in concepts for name in concept.names}
+    """Names of things that are none of the classes but near to one, each once.
+
+    Left out is what names a class, or a sort of it, by the thesaurus or by its words: "wall" beside
+    the class "wall-brick", "tile floor" beside "floor".
+    """
+    concepts = [thesaurus.find(name) for name in classes if not is_background(name)]
+    # Sorts of "wall-brick" are those of a wall.
+    roots = [thesaurus.find(name.partition("-")[0]) for name in classes]
+    known = {
+        key(name) for concept in (*concepts, *roots) for name in (*concept.names, *concept.kinds)
+    }
+    words = [_words(part) for name in classes for part in synonyms(name)]
     found: dict[str, str] = {}
     for concept in concepts:
         for name in concept.near:
-            if key(name) not in known:
+            own = _words(name)
+            if key(name) not in known and not any(own <= other or other <= own for other in words):
                 found.setdefault(key(name), name)
     return list(found.values())
+
+
+def is_background(name: str) -> bool:
+    """Whether a class is the background, which stands for many things and for none."""
+    return key(synonyms(name)[0]) == "background"
+
+
+def _words(name: str) -> set[str]:
+    return set(key(name).replace("-", " ").split())
 
 
 def _taken(classes: Sequence[str]) -> set[str]:
@@ -157,21 +197,32 @@ def make_wordings(
     wordings = [Wording("given", "as given", given)]
     wordings += [Wording("template", text, given, text) for text in templates]
     others = other_names(classes, thesaurus)
-    many = tuple(plural(name, thesaurus.plurals) for name in classes)
-    if len({key(name) for name in many}) == len(many):
-        wordings.append(Wording("plural", "all names in plural", many))
+    many = _distinct(given, [plural(name, thesaurus.plurals) for name in classes])
+    if many != given:
+        wordings.append(Wording("plural", "names in plural", many))
     for number in range(max(map(len, others))):
-        names = [
+        wanted = [
             own[number] if number < len(own) else name
             for name, own in zip(given, others, strict=True)
         ]
-        if len({key(name) for name in names}) == len(names):
-            label = f"all names by their synonym {number + 1}"
-            wordings.append(Wording("synonyms", label, tuple(names)))
+        names = _distinct(given, wanted)
+        changed = sum(name != old for name, old in zip(names, given, strict=True))
+        if changed > 1:  # one name alone is tried below
+            label = f"{changed} names by their synonym {number + 1}"
+            wordings.append(Wording("synonyms", label, names))
     for index, (name, own) in enumerate(zip(given, others, strict=True)):
         for other in own:
-            names = [*given[:index], other, *given[index + 1 :]]
-            wordings.append(Wording("one synonym", f"{name} → {other}", tuple(names), "", index))
+            swapped = (*given[:index], other, *given[index + 1 :])
+            wordings.append(Wording("one synonym", f"{name} → {other}", swapped, "", index))
     if near := near_misses(classes, thesaurus):
         wordings.append(Wording("near misses", f"{len(near)} near misses added", (*given, *near)))
     return wordings
+
+
+def _distinct(given: tuple[str, ...], wanted: Sequence[str]) -> tuple[str, ...]:
+    """The wanted names, but the given ones where two would coincide; all given ones if need be."""
+    times = Counter(map(key, wanted))
+    names = tuple(
+        new if times[key(new)] == 1 else old for old, new in zip(given, wanted, strict=True)
+    )
+    return names if len(set(map(key, names))) == len(names) else given

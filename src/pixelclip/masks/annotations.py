@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from pixelclip.errors import DataError
 from pixelclip.heads import png_head
 from pixelclip.images import read_indices
@@ -26,7 +24,7 @@ from pixelclip.masks.records import (
 )
 from pixelclip.masks.runs import PhotoMasks, from_labels
 from pixelclip.masks.store import MANIFEST, MaskStore
-from pixelclip.photos import Photo
+from pixelclip.photos import Photo, evenly_spaced
 
 MAX_PHOTO_BYTES = 2**24  # of the annotations of one photo; SA-1B's have about 0.5 MB
 MAX_LOOKED_UP = 1000
@@ -101,7 +99,7 @@ def _photo_files(folder: Path, photos: Sequence[Photo]) -> "PhotoJson | LabelMap
     """
     shared = shared_names(photos)
     json_files, maps = PhotoJson(folder, shared), LabelMaps(folder, shared)
-    some = _some(photos)
+    some = evenly_spaced(photos, MAX_LOOKED_UP)
     if any(map(json_files.knows, some)):
         return json_files
     if any(map(maps.knows, some)):
@@ -124,13 +122,8 @@ def count_known(reader: MaskReader, photos: Sequence[Photo]) -> int:
 
     Of a reader that is not ours, all are taken to be.
     """
-    some = _some(photos)
+    some = evenly_spaced(photos, MAX_LOOKED_UP)
     return sum(map(reader.knows, some)) if isinstance(reader, KnowsPhotos) else len(some)
-
-
-def _some(photos: Sequence[Photo]) -> list[Photo]:
-    chosen = np.linspace(0, len(photos) - 1, min(MAX_LOOKED_UP, len(photos))).round().astype(int)
-    return [photos[index] for index in chosen.tolist()]
 
 
 @dataclass(frozen=True)

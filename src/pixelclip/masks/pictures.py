@@ -15,7 +15,7 @@ from pixelclip.masks.annotations import MaskReader
 from pixelclip.masks.layout import GAP, captioned, grid, note
 from pixelclip.masks.runs import PhotoMasks
 from pixelclip.overlay import palette
-from pixelclip.photos import Photo, at_hand
+from pixelclip.photos import Photo, at_hand, evenly_spaced
 
 OPACITY = 0.6
 MAX_SAMPLED = 2**26  # bytes of masks held at once
@@ -156,7 +156,7 @@ def contact_sheet(
         DataError: there is no photo.
     """
     cells, failures = [], []
-    for photo in evenly_spaced(photos, count, tile):
+    for photo in shown_photos(photos, count, tile):
         try:
             cells.append(_pair(photo, reader, tile, max_pixels))
         except DataError as error:
@@ -232,7 +232,7 @@ def fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
     return width, height
 
 
-def evenly_spaced(photos: Sequence[Photo], count: int, tile: int) -> list[Photo]:
+def shown_photos(photos: Sequence[Photo], count: int, tile: int) -> list[Photo]:
     """So many photos from the first to the last, for a sheet; all, if there are no more.
 
     Raises:
@@ -244,5 +244,4 @@ def evenly_spaced(photos: Sequence[Photo], count: int, tile: int) -> list[Photo]
     count = min(count, len(photos))
     if count * 2 * tile * tile > MAX_SHEET_PIXELS:
         raise ConfigError(f"a sheet of {count} photos, {tile} pixels each, is too large; show less")
-    chosen = np.linspace(0, len(photos) - 1, count).round().astype(int)
-    return [photos[index] for index in chosen.tolist()]
+    return evenly_spaced(photos, count)

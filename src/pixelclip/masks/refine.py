@@ -1,4 +1,4 @@
-"""A class per mask from features on a coarse grid: means under masks that are exact in pixels.
+"""Means under masks of features on a coarse grid, exact in pixels; values painted on masks.
 
 Bilinear up-sampling is linear, so the mean over a mask of up-sampled cosines is a weighted mean of
 those on the grid, and the weights are the mask brought to the grid by the transposed up-sampling
@@ -9,51 +9,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64, Integer
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from pixelclip.errors import DataError
 from pixelclip.masks.runs import PhotoMasks
-from pixelclip.segmentation import none_label
 from pixelclip.upsample import Axis
 
 VALUES_PER_BLOCK = 8_000_000
-
-
-def refine(
-    labels: Integer[np.ndarray, "H W"],
-    features: Float[Tensor, "h w D"],
-    text: Float[Tensor, "K D"],
-    masks: PhotoMasks,
-    rows: Axis,
-    columns: Axis,
-    *,
-    num_classes: int | None = None,
-) -> Integer[np.ndarray, "H W"]:
-    """Labels in which every mask has one class: that of its highest mean score.
-
-    Pixels under no mask keep their class. Where masks overlap, the smaller one is on top.
-
-    Args:
-        labels: of the photo's pixels before.
-        features: per grid point; scores are products with `text`.
-        text: per class.
-        masks: of the photo, in its own pixels.
-        rows: where the photo's rows lie on the grid.
-        columns: where its columns lie.
-        num_classes: texts beyond are names of background: masks that they win get no class.
-
-    Raises:
-        DataError: the masks are of a photo of another size.
-    """
-    if labels.shape != (masks.height, masks.width):
-        raise DataError(
-            f"masks of a photo of {masks.width} x {masks.height} pixels do not fit labels of"
-            f" {labels.shape[1]} x {labels.shape[0]}"
-        )
-    count = len(text) if num_classes is None else num_classes
-    best = (mask_means(features, masks, rows, columns) @ text.T).argmax(dim=1).cpu().numpy()
-    return paint(labels, masks, np.where(best >= count, none_label(count), best))
+LONG_RUN, RUNS_PER_BLOCK = 1024, 4096  # of a mask that is painted
 
 
 def mask_means(
@@ -130,14 +93,27 @@ def _pieces(masks: PhotoMasks, limit: int) -> Iterator[tuple[Int64[np.ndarray, "
 
 
 def paint(
-    labels: Integer[np.ndarray, "H W"], masks: PhotoMasks, values: Integer[np.ndarray, " M"]
-) -> Integer[np.ndarray, "H W"]:
-    """Labels with each mask's value on its pixels, larger masks first, so that small ones show."""
-    flat = labels.ravel(order="F").copy()
+    values: Shaped[np.ndarray, "H W"], masks: PhotoMasks, new: Shaped[np.ndarray, " M"]
+) -> Shaped[np.ndarray, "H W"]:
+    """Values with each mask's own on its pixels, larger masks first, so that small ones show.
+
+    Args:
+        values: of the photo's pixels before; those under no mask keep theirs.
+        masks: of the photo.
+        new: per mask.
+    """
+    flat = values.ravel(order="F").copy()
     bounds = np.searchsorted(masks.owners, np.arange(masks.count + 1))
     for index in np.argsort(-masks.areas(), kind="stable").tolist():
-        runs = slice(bounds[index], bounds[index + 1])
-        lengths = masks.ends[runs] - masks.starts[runs]
-        shift = masks.starts[runs] - np.cumsum(lengths) + lengths
-        flat[np.arange(lengths.sum()) + np.repeat(shift, lengths)] = values[index]
-    return np.ascontiguousarray(flat.reshape(labels.shape, order="F"))
+        own = slice(bounds[index], bounds[index + 1])
+        starts, ends = masks.starts[own], masks.ends[own]
+        is_long = ends - starts > LONG_RUN  # places of pixels take 24 bytes each
+        for start, end in zip(starts[is_long].tolist(), ends[is_long].tolist(), strict=True):
+            flat[start:end] = new[index]
+        starts, ends = starts[~is_long], ends[~is_long]
+        for first in range(0, len(starts), RUNS_PER_BLOCK):
+            some = starts[first : first + RUNS_PER_BLOCK]
+            lengths = ends[first : first + RUNS_PER_BLOCK] - some
+            shift = some - np.cumsum(lengths) + lengths
+            flat[np.arange(lengths.sum()) + np.repeat(shift, lengths)] = new[index]
+    return np.ascontiguousarray(flat.reshape(values.shape, order="F"))

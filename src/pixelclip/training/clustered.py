@@ -24,12 +24,12 @@ from pixelclip.masks.pictures import (
     Sheet,
     draw_masks,
     enlarged,
-    evenly_spaced,
     large_to_small,
     load_small,
     number,
     painted,
     shown_name,
+    shown_photos,
     stack,
 )
 from pixelclip.masks.runs import PhotoMasks
@@ -118,7 +118,7 @@ def clustered_sheet(
     backbone = load_backbone(str(model), device=device)
     clusters = load_clusters(str(model), backbone)
     shown, failures = [], []
-    for photo in evenly_spaced(photos, count, tile):
+    for photo in shown_photos(photos, count, tile):
         try:
             image, masks = load_small(photo, reader, LOADED_SIDE, max_pixels)
             if masks is None:

@@ -22,7 +22,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from pixelclip.backbones import Backbone, load_backbone, save_backbone, weights_hash
+from pixelclip.backbones import Backbone, load_backbone, save_backbone
+from pixelclip.backbones.means import fingerprint
 from pixelclip.backbones.sources import text_base
 from pixelclip.checkpoint import ModelCard
 from pixelclip.config import TrainConfig
@@ -341,7 +342,7 @@ def _record(
     names = json.dumps([photo.stem.as_posix() for photo in photos])
     return {
         "model": job.model,
-        "weights": weights_hash(backbone.visual)[:32] + backbone.text_hash[:32],
+        "weights": fingerprint(backbone),
         "images": [str(path.resolve()) for path in job.images],
         "masks": job.live if job.masks is None else str(job.masks.resolve()),
         **({} if live is None else {"mask_weights": live.weights}),

@@ -16,7 +16,7 @@ from pixelclip.masks.annotations import MaskReader
 from pixelclip.masks.pictures import draw_masks, large_to_small, painted, stack
 from pixelclip.masks.runs import from_masks
 from pixelclip.overlay import palette, with_legend
-from pixelclip.photos import Photo
+from pixelclip.photos import Photo, evenly_spaced
 from pixelclip.training.batch import Batch
 from pixelclip.training.data import load_view
 from pixelclip.training.live import LiveMasks
@@ -48,8 +48,7 @@ class ClusterPictures:
         folder: Path,
         live: LiveMasks | None = None,
     ):
-        chosen = np.linspace(0, len(photos) - 1, min(NUM_PHOTOS, len(photos))).round()
-        self.photos = [photos[int(index)] for index in chosen]
+        self.photos = evenly_spaced(photos, NUM_PHOTOS)
         self.reader, self.settings, self.folder, self.live = reader, settings, folder, live
         self.words: tuple[tuple[str, ...], Tensor] | None = None
 
