@@ -487,3 +487,15 @@ def test_mask_sources_are_varied(given, tmp_path):
     assert not table.failed
     weights = {row.training["weights"] for row in table.rows}
     assert len(weights) == 3
+
+
+def test_evaluations_by_a_file_of_other_templates_are_done_again(given, made, tmp_path):
+    out, words = shutil.copytree(made, tmp_path / "out"), tmp_path / "words.txt"
+    plan = make_plan(given, "k=3,4", evaluation={**given["evaluation"], "templates": str(words)})
+    prompts = []
+    for text in ("a {}", "the {}"):
+        words.write_text(text)
+        ablate(plan, out, device="cpu")
+        stored = json.loads((out / "evaluations/num_clusters=3/garden.json").read_text())
+        prompts.append(stored["report"]["settings"]["templates"])
+    assert prompts == [["a {}"], ["the {}"]]

@@ -307,6 +307,8 @@ def test_other_attention_needs_a_vit(tiny_convnext, tmp_path):
     save_backbone(tiny_convnext, tmp_path)
     with pytest.raises(ConfigError, match=r"--attention sclip needs a ViT; .* is a convnext"):
         load_backbone(str(tmp_path), attention="sclip")
+    with pytest.raises(ConfigError, match="unknown attention 'gem'; available: pixelclip, plain"):
+        load_backbone(str(tmp_path), attention="gem")
 
 
 def test_unknown_family_lists_the_right_ones(tiny_vit):

@@ -12,7 +12,7 @@ from pixelclip.backbones import save_backbone
 from pixelclip.backbones.means import Means
 from pixelclip.biasjob import PIECE, BiasJob, run_bias_job
 from pixelclip.config import SegmentConfig
-from pixelclip.errors import ConfigError
+from pixelclip.errors import ConfigError, DataError
 from pixelclip.evaluation.datasets import load_folder
 from pixelclip.evaluation.evaluate import evaluate
 from pixelclip.evaluation.metrics import mean_iou
@@ -293,3 +293,12 @@ def test_names_in_the_picture_never_overlap():
             assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or (
                 other[3] <= one[1]
             )  # fmt: skip
+
+
+def test_photos_that_failed_are_tried_again(given, tmp_path):
+    data = shutil.copytree(given / "set", tmp_path / "set")
+    photo(50, 40).save(data / f"images/{2 * PIECE}.png")
+    settings = {"templates": "name", "short_side": 64}
+    with pytest.raises(DataError, match="none of the photos could be used"):
+        run_bias_job(job(given, tmp_path / "out", data=data, settings=settings | {"max_pixels": 9}))
+    assert run_bias_job(job(given, tmp_path / "out", data=data, settings=settings)) == 0

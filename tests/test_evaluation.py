@@ -149,7 +149,7 @@ def test_every_preset_has_settings_for_every_data_set(dataset):
     assert (config.preset, config.short_side, config.templates) == (
         "authors", 640, "imagenet-select"
     )  # fmt: skip
-    assert departures == ["short_side is 640; the protocol says None"]
+    assert departures == ["short_side is 640; the protocol says the model's own"]
     config, departures = settings_and_departures("sliding", {}, replace(plain, name="cityscapes"))
     assert (config.window, config.overlap, config.short_side) == (224, 0.5, 560)
     assert config.background == "none"

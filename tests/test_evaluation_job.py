@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from pixelclip.evaluation.pieces import (
     write_piece,
 )
 from pixelclip.evaluation.table import Row, print_table
-from tests.tiny import photo, tiny_vit
+from pixelclip.workers import cores, threads
+from tests.tiny import Watched, photo, tiny_vit
 
 SETTINGS = {"templates": "name", "short_side": 64}
 
@@ -288,3 +290,23 @@ def test_a_piece_is_read_back_only_whole(tmp_path):
     for size in range(0, len(content), 97):
         path.write_bytes(content[:size])
         assert read_piece(path, "stamp", 847, 2) is None
+
+
+def test_words_are_encoded_with_the_threads_of_workers(model, data, no_cache):
+    seen = []
+    with threads(cores() + 1):
+        run_eval_job(replace(job(model, data, photos=2), means=Watched(model, seen)))
+    assert set(seen) == {cores()}
+
+
+def test_a_piece_with_any_byte_changed_is_read_whole_or_not_at_all(tmp_path):
+    path, draw = tmp_path / "0.npz", np.random.default_rng(0)
+    truth, labels = draw.integers(0, 5, (2, 20, 30))
+    piece = PieceCounts(count_photo(truth, labels, 5), np.array([0.5]), [""], {0: labels})
+    write_piece(path, "stamp", piece)
+    content = path.read_bytes()
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        found = read_piece(path, "stamp", 5, 1)
+        if found is not None:
+            np.testing.assert_array_equal(found.counts.confusion, piece.counts.confusion)

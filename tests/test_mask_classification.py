@@ -13,12 +13,12 @@ from PIL import Image
 from pixelclip.backbones import Backbone
 from pixelclip.config import SegmentConfig
 from pixelclip.errors import ConfigError, DataError
+from pixelclip.evaluation.chosen import photos_of
 from pixelclip.evaluation.datasets import SegmentationDataset, load_folder
 from pixelclip.evaluation.maskclass import (
     classify_masks,
     crop_side,
     mask_embeddings,
-    photos_of,
     true_classes,
 )
 from pixelclip.evaluation.maskclass_report import as_table

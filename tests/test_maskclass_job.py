@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,20 @@ from pixelclip.segmenter import Segmenter
 from tests.tiny import photo, tiny_vit
 
 SETTINGS = {"templates": "name", "short_side": 64}
+SPEC = """
+title = "of the test"
+classes = ["cat", "dog", "sky"]
+expected = {count}
+[photos]
+at = ["images/{below}{{}}.png"]
+get = "x"
+[labels]
+at = ["labels/{below}{{}}.png"]
+get = "x"
+[values]
+values = [0, 1, 2]
+ignored = [255]
+"""
 FILES = {"masks.json", "masks.csv", "masks-classes.csv", "masks.md"}
 
 
@@ -249,7 +264,7 @@ def test_what_cannot_work_is_said_at_once(model, data, options, message):
 
 
 def test_results_are_not_written_among_the_masks(model, data):
-    with pytest.raises(ConfigError, match="lies among the masks; choose another folder"):
+    with pytest.raises(ConfigError, match="lies among the masks of --masks; choose"):
         evaluate(model, data, masks=str(data / "labels"), output=data / "labels/out")
 
 
@@ -257,6 +272,7 @@ def test_results_are_not_written_among_the_masks(model, data):
     ("arguments", "message"),
     [
         (["--variant", "crop"], "--mask-set and --variant go with --masks"),
+        (["--masks", "mini", "--mask-set", "abc"], "--mask-set abc: write name=value"),
         (["--masks", "nowhere"], "no masks at nowhere; --masks takes truth"),
     ],
 )
@@ -289,3 +305,28 @@ def test_a_piece_is_read_back_only_whole(tmp_path):
     for size in range(0, len(content), 9973):
         path.write_bytes(content[:size])
         assert read_named(path, "stamp", 847, 2) is None
+
+
+def test_templates_of_single_classes_name_no_masks(model, data, tmp_path):
+    lists = {"format": "pixelclip-templates", "default": ["a {}"], "classes": {"cat": ["the {}"]}}
+    (tmp_path / "own.json").write_text(json.dumps(lists))
+    settings = SETTINGS | {"templates": str(tmp_path / "own.json")}
+    with pytest.raises(ConfigError, match="masks cannot be named with templates of single classes"):
+        evaluate(model, data, settings=settings, photos=1)
+
+
+def test_sets_that_share_photos_find_the_masks_each_by_its_own_names(model, tmp_path):
+    root = tmp_path / "root"
+    make_set(root, 1)
+    for part in ("images", "labels"):
+        (root / part / "deep").mkdir()
+        shutil.copy(root / part / "00.png", root / part / "deep/01.png")
+    for name, below, count in (("whole", "", 2), ("deep", "deep/", 1)):
+        (tmp_path / f"{name}.toml").write_text(SPEC.format(below=below, count=count))
+        shutil.copytree(root / "labels" / below, tmp_path / "masks" / name)
+    assert evaluate(
+        model, datasets=(str(tmp_path / "whole.toml"), str(tmp_path / "deep.toml")), root=root,
+        masks=str(tmp_path / "masks"), variants=("pooled",), json_file=tmp_path / "figures.json",
+    ) == 0  # fmt: skip
+    reports = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [report["photos"] for report in reports] == [2, 1]

@@ -85,7 +85,8 @@ def test_workers_and_resumed_runs_give_the_same_figures(model, data, tmp_path):
     assert first["miou"] == evaluate(segmenter, load_folder(data))["miou"]
     assert first["settings"]["refine"]["source"] == "superpixels"
     assert first["departures"] == [
-        "templates is name; the protocol says ", "short_side is 64; the protocol says None",
+        "templates is name; the protocol says the model's own",
+        "short_side is 64; the protocol says the model's own",
         "each mask of superpixels gets one class; the protocol says each pixel",
     ]  # fmt: skip
     plain = figures(model, data, tmp_path, output=tmp_path / "out")  # beside the refined pieces

@@ -17,12 +17,13 @@ from PIL import Image
 from pixelclip.backbones import save_backbone
 from pixelclip.backbones.means import Means
 from pixelclip.config import SegmentConfig
-from pixelclip.job import SegmentWork
+from pixelclip.job import SegmentWork, segment_photos
 from pixelclip.jobs.work import Piece
 from pixelclip.output import Output
 from pixelclip.photos import Photo
+from pixelclip.workers import cores, threads
 from tests.test_cli import model, own_folder, run  # noqa: F401 - fixtures
-from tests.tiny import photo, tiny_vit
+from tests.tiny import Watched, photo, tiny_vit
 from tests.training import run as run_in_process
 
 WORDS = ("-c", "cat, sky, sea")
@@ -227,3 +228,15 @@ def test_a_pipe_is_no_photo(run, model, photos):  # noqa: F811
     os.mkfifo("pipe.jpg")
     code, _, err = run("segment", "pipe.jpg", *WORDS, "-m", model)
     assert (code, "pipe.jpg is neither a file nor a folder" in err) == (2, True)
+
+
+def test_words_are_encoded_with_the_threads_of_workers(tmp_path, no_cache):
+    seen = []
+    means = Watched(str(save_backbone(tiny_vit(), tmp_path / "model")), seen)
+    photo(40, 40).save(tmp_path / "photo.png")
+    with threads(cores() + 1):
+        segment_photos(
+            [tmp_path / "photo.png"], classes="cat, dog", means=means, config=SegmentConfig(),
+            output=Output(tmp_path / "out", quiet=True),
+        )  # fmt: skip
+    assert set(seen) == {cores()}

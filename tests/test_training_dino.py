@@ -231,10 +231,8 @@ def test_going_on_with_another_tower_is_refused(inputs, tmp_path):
     (tower / "config.json").unlink()
     code, text = run(parts, tmp_path / "log")
     assert code == 2
-    assert (
-        text
-        == f"pixelclip: error: {tower} has no config.json; give a folder that timm has saved, or a file\n"
-    )
+    said = f"{tower} has no config.json; give a folder that timm has saved, or a file"
+    assert text == f"pixelclip: error: {said}\n"
 
 
 def test_minis_tower_makes_masks_too(inputs, tmp_path):

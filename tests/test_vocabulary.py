@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from pixelclip import vocabulary
+from pixelclip.backbones import build_backbone
 from pixelclip.checkpoint import cache_dir
 from pixelclip.errors import ConfigError
-from tests.tiny import tiny_vit
+from tests.tiny import VIT_CONFIG, tiny_vit, vit_card
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +192,22 @@ def test_a_cache_that_cannot_be_written_is_passed_over(backbone, tmp_path, monke
     monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "file"))
     features = vocabulary.class_features(backbone, ["cat"], ("a {}",))
     np.testing.assert_allclose(features.norm(dim=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [vocabulary.class_features, vocabulary.template_features])
+@pytest.mark.parametrize("change", ["activation", "heads"])
+def test_the_same_weights_in_another_tower_have_an_entry_of_their_own(features, change):
+    text = {**VIT_CONFIG["text_cfg"], "heads": 4}
+    changes = {
+        "activation": {"activation": "gelu"},
+        "heads": {"config": {**VIT_CONFIG, "text_cfg": text}},
+    }
+    first, other = tiny_vit(), build_backbone(vit_card(**changes[change]))
+    other.load_state_dict(first.state_dict())
+    assert other.text_hash == first.text_hash
+    kept = [features(backbone, ["cat", "dog"], ("a {}",)) for backbone in (first, other)]
+    fresh = [
+        features(backbone, ["cat", "dog"], ("a {}",), cache=False) for backbone in (first, other)
+    ]
+    assert not torch.equal(*fresh)
+    assert torch.equal(kept[1], fresh[1])

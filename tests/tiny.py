@@ -6,6 +6,7 @@ from PIL import Image
 
 from pixelclip.backbones import Backbone, build_backbone
 from pixelclip.backbones.catalog import make_card
+from pixelclip.backbones.means import Means
 from pixelclip.checkpoint import ModelCard
 
 VIT_CONFIG: dict[str, object] = {
@@ -40,3 +41,19 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     noise = draw.integers(-20, 20, (height, width, 3))
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+class Watched(Means):
+    """A model on the CPU that tells with how many threads it encodes words."""
+
+    def __init__(self, model: str, seen: list[int]):
+        super().__init__(model, device="cpu")
+        object.__setattr__(self, "seen", seen)
+
+    def load(self) -> Backbone:
+        """The model."""
+        backbone = super().load()
+        backbone.text.register_forward_pre_hook(
+            lambda *_: self.seen.append(torch.get_num_threads())
+        )
+        return backbone

@@ -9,14 +9,11 @@ from functools import cache
 from pathlib import Path
 
 from pixelclip.backbones.means import Means
-from pixelclip.errors import ConfigError, DataError
-from pixelclip.evaluation.datasets import (
-    SegmentationDataset,
-    load_dataset,
-    load_folder,
-    read_spec,
-)
-from pixelclip.evaluation.entrants import Entrants, Task
+from pixelclip.errors import ConfigError
+from pixelclip.evaluation.chosen import dataset_below
+from pixelclip.evaluation.datasets import SegmentationDataset, load_folder, read_spec
+from pixelclip.evaluation.entrants import Entrants, Task, make_eval_crew
+from pixelclip.evaluation.piece_files import gone
 from pixelclip.evaluation.plots import check_plots
 from pixelclip.evaluation.protocols import settings_and_departures
 from pixelclip.evaluation.report import Terms
@@ -33,10 +30,10 @@ from pixelclip.evaluation.vocabulary_report import VocabularyReport
 from pixelclip.evaluation.vocabulary_report import report as make_report
 from pixelclip.evaluation.wordings import Wording, load_thesaurus, make_wordings
 from pixelclip.images import check_writable, write_bytes, write_json
-from pixelclip.jobs.run import Crew, make_crew, run
+from pixelclip.jobs.run import run
 from pixelclip.jobs.work import Do, Outcome, Piece, cut
 from pixelclip.photos import Photo
-from pixelclip.workers import cores, threads
+from pixelclip.workers import threads
 
 VERSION = 1  # of what is counted: pieces of another one are done again
 PIECE = 4  # photos: each goes through all vocabularies, which may take a minute
@@ -92,7 +89,7 @@ def run_bias_job(job: BiasJob) -> int:
     check_writable(job.output)
     task = Task("", dataset, config, tuple(departures))
     entrants = Entrants(job.means)
-    crew = _crew(job, entrants, len(dataset.pairs))
+    crew = make_eval_crew(entrants.backbone(), len(dataset.pairs), job.workers)
     with threads(crew.threads):  # as in worker processes: features of words depend on it
         vocabularies = Vocabularies(entrants.backbone(), wordings, config)
         task = _identified(job, task, entrants, wordings, crew.threads)
@@ -123,17 +120,7 @@ def _dataset(job: BiasJob) -> tuple[SegmentationDataset, tuple[str, ...]]:
     assert job.dataset is not None
     if job.root is None:
         raise ConfigError("--dataset needs --root, the folder of the download")
-    notes = read_spec(job.dataset).notes
-    own = job.root / Path(job.dataset).stem
-    return load_dataset(job.dataset, own if own.is_dir() else job.root), notes
-
-
-def _crew(job: BiasJob, entrants: Entrants, photos: int) -> Crew:
-    """Who does it; the threads are the same for any number of photos and workers."""
-    backbone = entrants.backbone()
-    is_light = backbone.card.family == "mini" and backbone.device.type == "cpu"
-    crew = make_crew(photos, job.workers, "local", is_light=is_light)
-    return crew._replace(threads=1 if is_light else cores())
+    return dataset_below(job.dataset, job.root), read_spec(job.dataset).notes
 
 
 def _identified(
@@ -177,9 +164,9 @@ class BiasWork:
             pairs = task.dataset.pairs[piece.number * PIECE :][:PIECE]
             stamp, path = task.stamp(pairs), task.path(piece.number)
             known = read_counted(path, stamp, words, num_classes, len(pairs))
-            if known is not None:
-                for photo, error in zip(piece.photos, known.errors, strict=True):
-                    yield Outcome(photo, error, is_new=False)
+            if known is not None and not known.failed:  # what was wrong may be mended
+                for photo in piece.photos:
+                    yield Outcome(photo, is_new=False)
                 return
             counted = nothing_counted(words, num_classes)
             for photo, pair in zip(piece.photos, pairs, strict=True):
@@ -201,7 +188,7 @@ def _total(task: Task, vocabularies: Vocabularies) -> Counted:
         own, path = pairs[start : start + PIECE], task.path(number)
         counted = read_counted(path, task.stamp(own), words, len(task.dataset.classes), len(own))
         if counted is None:
-            raise DataError(f"{path} has gone, or its photos changed meanwhile; run it again")
+            raise gone(path)
         total.add(counted)
     check_counted(total, task.dataset)
     return total

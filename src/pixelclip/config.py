@@ -232,8 +232,12 @@ def read_recipe(name: str) -> dict[str, object]:
         raise ConfigError(f"cannot read recipe {name}: {error}; available: {available}") from error
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+def parse_settings(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
     """Names and values of `name=value` texts.
+
+    Args:
+        settings: the texts.
+        option: that they were given to, for messages.
 
     Raises:
         ConfigError: one has no `=`.
@@ -241,7 +245,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     pairs = [setting.partition("=") for setting in settings]
     for name, equals, _ in pairs:
         if not equals:
-            raise ConfigError(f"--set {name}: write name=value, as in --set steps=1000")
+            raise ConfigError(f"{option} {name}: write name=value, with a setting's name")
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 

@@ -9,19 +9,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from pixelclip.backbones import Backbone
 from pixelclip.backbones.means import Means
 from pixelclip.errors import ConfigError, DataError
-from pixelclip.evaluation.datasets import (
-    SegmentationDataset,
-    load_dataset,
-    load_folder,
-    read_spec,
-)
-from pixelclip.evaluation.entrants import Entrants, Task
+from pixelclip.evaluation.chosen import Chosen, dataset_below, thinned, with_masks
+from pixelclip.evaluation.datasets import load_folder, read_spec
+from pixelclip.evaluation.entrants import Entrants, Task, make_eval_crew
 from pixelclip.evaluation.evaluate import compare
-from pixelclip.evaluation.maskclass import photos_of
 from pixelclip.evaluation.metrics import mean_iou, no_counts
+from pixelclip.evaluation.piece_files import gone
 from pixelclip.evaluation.pieces import (
     PieceCounts,
     read_piece,
@@ -35,12 +30,10 @@ from pixelclip.evaluation.results import Result, Results, print_results, write_r
 from pixelclip.evaluation.rivals import check_rivals, departures_of
 from pixelclip.evaluation.sheet import small
 from pixelclip.images import check_writable
-from pixelclip.jobs.run import Crew, make_crew, run
+from pixelclip.jobs.run import Crew, run
 from pixelclip.jobs.work import Do, Outcome, Piece
-from pixelclip.masks.refiner import MadeBefore, check_apart, find_masks, is_light
-from pixelclip.masks.sources import MASK_SOURCES
-from pixelclip.photos import Photo, evenly_spaced
-from pixelclip.workers import cores
+from pixelclip.masks.refiner import check_apart, is_light
+from pixelclip.workers import threads
 
 
 @dataclass(frozen=True)
@@ -107,16 +100,11 @@ def run_eval_job(job: EvalJob) -> int:
     datasets = [thinned(chosen, job.photos) for chosen in datasets]
     with pieces_folder(job.output) as folder:
         entrants = Entrants(job.means, job.dino)
-        count = sum(len(it.dataset.pairs) for it in datasets)
-        crew = eval_crew(job, entrants.backbone(), count, light_masks=is_light(job.refine))
+        crew = eval_crew(job, datasets, entrants, light_masks=is_light(job.refine))
         tasks = make_tasks(job, datasets, entrants, crew.threads, folder)
         is_here = crew.engine == "local" and crew.workers == 1
         work = EvalWork(job.means, job.dino, tuple(tasks), entrants if is_here else None)
-        pieces = [
-            Piece(task.first + number, tuple(Photo(photo, Path(photo.stem)) for photo, _ in pairs))
-            for task in tasks
-            for number, pairs in enumerate(task.pieces)
-        ]
+        pieces = [piece for task in tasks for piece in task.shares]
         run(work, pieces, crew, what="evaluating", quiet=job.quiet)
         found, lost = _results(tasks, entrants, job.protocol)
     columns = suite(job.suite).sets if job.suite else ()
@@ -154,15 +142,6 @@ def check_job(job: EvalJob) -> None:
             raise DataError(f"--json {job.json_file} is a folder; name a file")
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A data set, the masks of its photos, and what is to be said of it in the results."""
-
-    dataset: SegmentationDataset
-    notes: tuple[str, ...] = ()
-    masks: str | MadeBefore | None = None
-
-
 def find_datasets(job: EvalJob) -> tuple[list[Chosen], list[str]]:
     """The data sets, and a line for each of the suite that is not there.
 
@@ -191,42 +170,12 @@ def find_datasets(job: EvalJob) -> tuple[list[Chosen], list[str]]:
     return found, missing
 
 
-def with_masks(chosen: Chosen, refine: str | None) -> Chosen:
-    """A data set with the masks of its photos; a note says so.
-
-    Raises:
-        ConfigError: there is neither such a source nor such a path.
-        DataError: what lies there holds no masks, or none of these photos.
-    """
-    if refine is None:
-        return chosen
-    own = Path(refine) / chosen.dataset.name
-    where = own if refine not in MASK_SOURCES and own.exists() else refine
-    try:
-        masks = find_masks(where, photos_of(chosen.dataset))
-    except DataError as error:
-        raise DataError(f"{chosen.dataset.name}: {error}") from error
-    note = f"each mask of {refine} gets one class; the protocol says each pixel"
-    return replace(chosen, masks=masks, notes=(*chosen.notes, note))
-
-
-def thinned(chosen: Chosen, photos: int | None) -> Chosen:
-    """A data set with at most so many of its photos, evenly spaced; None: with all of them."""
-    pairs = chosen.dataset.pairs
-    if photos is None or photos >= len(pairs):
-        return chosen
-    said = f"{photos} of {chosen.dataset.expected or len(pairs)} photos, evenly spaced"
-    kept = replace(chosen.dataset, pairs=tuple(evenly_spaced(pairs, photos)), expected=None)
-    return replace(chosen, dataset=kept, notes=(*chosen.notes, said))
-
-
 def _below(job: EvalJob, name: str) -> Chosen:
     assert job.root is not None
-    own = job.root / Path(name).stem
     notes = read_spec(name).notes
     if job.suite and job.protocol != suite(job.suite).protocol:
         notes += (f"the protocol of the suite {job.suite} is {suite(job.suite).protocol}",)
-    return Chosen(load_dataset(name, own if own.is_dir() else job.root), notes)
+    return Chosen(dataset_below(name, job.root), notes)
 
 
 @contextmanager
@@ -239,27 +188,21 @@ def pieces_folder(output: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def eval_crew(job: EvalJob, backbone: Backbone, photos: int, *, light_masks: bool = True) -> Crew:
-    """Who does it; the threads are the same for any number of photos, sets and workers.
-
-    Args:
-        job: what is asked for.
-        backbone: of the model itself.
-        photos: of all data sets.
-        light_masks: no large model makes masks of photos beside it.
-    """
-    is_mini = backbone.card.family == "mini" and backbone.device.type == "cpu"
-    is_light = is_mini and light_masks
-    gpu = backbone.device.type == "cuda"
-    crew = make_crew(photos, job.workers, job.engine, is_light=is_light, gpu=gpu)
-    return crew._replace(threads=1 if is_light else cores())
+def eval_crew(
+    job: EvalJob, datasets: Sequence[Chosen], entrants: Entrants, *, light_masks: bool
+) -> Crew:
+    """Who does it; `light_masks`: no large model makes masks of photos beside it."""
+    photos = sum(len(it.dataset.pairs) for it in datasets)
+    return make_eval_crew(
+        entrants.backbone(), photos, job.workers, job.engine, light_masks=light_masks
+    )
 
 
 def make_tasks(
     job: EvalJob,
     datasets: Sequence[Chosen],
     entrants: Entrants,
-    threads: int,
+    num_threads: int,
     folder: Path,
 ) -> list[Task]:
     """The model and each rival on each data set; what is wrong with any of them is said now."""
@@ -275,7 +218,8 @@ def make_tasks(
             )
             departures += departures_of(rival)
             task = Task(rival, data, config, tuple(departures), first, masks=chosen.masks)
-            identity = entrants.identity(task, threads)
+            with threads(num_threads):  # as in worker processes: features of words depend on it
+                identity = entrants.identity(task, num_threads)
             own = folder / f"{data.name}-{rival or 'model'}-{identity[:12]}"
             tasks.append(replace(task, identity=identity, folder=own))
             first += len(task.pieces)
@@ -310,8 +254,8 @@ class EvalWork:
             stamp, path = task.stamp(pairs), task.path(number)
             known = read_piece(path, stamp, len(task.dataset.classes), len(pairs))
             if known is not None and not any(known.errors):  # what was wrong may be mended
-                for photo, error in zip(piece.photos, known.errors, strict=True):
-                    yield Outcome(photo, error, is_new=False)
+                for photo in piece.photos:
+                    yield Outcome(photo, is_new=False)
                 return
             counts, mious = no_counts(len(task.dataset.classes)), np.full(len(pairs), np.nan)
             errors, maps = [""] * len(pairs), {}
@@ -362,7 +306,7 @@ def _total(task: Task) -> PieceCounts:
             path = task.path(number)
             piece = read_piece(path, task.stamp(pairs), len(task.dataset.classes), len(pairs))
             if piece is None:
-                raise DataError(f"{path} has gone, or its photos changed meanwhile; run it again")
+                raise gone(path)
             yield piece
 
     return sum_pieces(read())

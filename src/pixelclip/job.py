@@ -37,6 +37,7 @@ from pixelclip.samples import sample_photos
 from pixelclip.segmentation import ClassArea, Segmentation
 from pixelclip.segmenter import Prepared, Segmenter
 from pixelclip.vocabulary import parse_classes
+from pixelclip.workers import threads
 
 MANIFEST = "pixelclip.manifest.json"
 FORMAT, VERSION = "pixelclip-segment", 1
@@ -80,17 +81,18 @@ def segment_photos(
     check_apart(refine, output.folder)
     masks = None if refine is None else find_masks(refine, photos)
     backbone = means.load()
-    segmenters = _segmenters(words, backbone, config, masks)
+    is_mini = backbone.card.family == "mini" and backbone.device.type == "cpu"
+    is_light = is_mini and has_light_masks(refine)
+    gpu = backbone.device.type == "cuda"
+    crew = make_crew(len(photos), workers, engine, is_light=is_light, gpu=gpu)
+    with threads(crew.threads):  # as in worker processes: features of words depend on it
+        segmenters = _segmenters(words, backbone, config, masks)
     if output.scores:
         segmenters[words[0]].check_scores()
     check_writable(output.folder)
     settings = segmenters[words[0]].description()
     manifest = {"model": backbone.card.name, "classes": words, "settings": settings}
     _write_manifest(output.folder, manifest, photos, None)
-    is_mini = backbone.card.family == "mini" and backbone.device.type == "cpu"
-    is_light = is_mini and has_light_masks(refine)
-    gpu = backbone.device.type == "cuda"
-    crew = make_crew(len(photos), workers, engine, is_light=is_light, gpu=gpu)
     is_here = crew.engine == "local" and crew.workers == 1
     work = SegmentWork(means, config, tuple(words), output, masks, segmenters if is_here else None)
     if not is_here:

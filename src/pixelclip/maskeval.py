@@ -13,15 +13,14 @@ from pydantic import BaseModel
 from pixelclip.backbones.means import Means
 from pixelclip.errors import ConfigError, DataError
 from pixelclip.evaljob import (
-    Chosen,
     EvalJob,
     check_job,
     eval_crew,
     find_datasets,
     make_tasks,
     pieces_folder,
-    thinned,
 )
+from pixelclip.evaluation.chosen import Chosen, masks_of, thinned
 from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.entrants import Entrants, Task
 from pixelclip.evaluation.maskclass import (
@@ -30,7 +29,6 @@ from pixelclip.evaluation.maskclass import (
     check_variants,
     mask_terms,
     name_masks,
-    photos_of,
 )
 from pixelclip.evaluation.maskclass_pieces import (
     NamedMasks,
@@ -46,16 +44,15 @@ from pixelclip.evaluation.maskclass_report import (
     print_mask_results,
     write_mask_results,
 )
+from pixelclip.evaluation.piece_files import gone
 from pixelclip.evaluation.protocols import suite
 from pixelclip.evaluation.report import Terms
 from pixelclip.files import printable
 from pixelclip.jobs.run import run
 from pixelclip.jobs.work import Do, Outcome, Piece
-from pixelclip.masks.refiner import MadeBefore, Refiner, find_masks, is_light
+from pixelclip.masks.refiner import MadeBefore, Refiner, check_apart, is_light
 from pixelclip.masks.sources import MASK_SOURCES, described, find_source, source_settings
-from pixelclip.photos import Photo
 from pixelclip.segmenter import Segmenter
-from pixelclip.workers import threads
 
 VERSION = 1  # of what is counted: pieces of another one are done again
 
@@ -119,22 +116,11 @@ class MaskTask:
         task: the model and the data set.
         origin: the masks.
         variants: what stands for a mask.
-        photos: of the pairs, named as masks made before are found.
     """
 
     task: Task
     origin: Origin
     variants: tuple[str, ...]
-    photos: tuple[Photo, ...]
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """Its share of the job."""
-        first, starts = 0, []
-        for pairs in self.task.pieces:
-            starts.append(self.photos[first : first + len(pairs)])
-            first += len(pairs)
-        return [Piece(self.task.first + number, part) for number, part in enumerate(starts)]
 
     def path(self, number: int, variant: str) -> Path:
         """Where a piece lies; its number counts from 0 in the task."""
@@ -160,18 +146,15 @@ def run_mask_eval(job: EvalJob, question: MaskQuestion) -> int:
     _check(job, question)
     datasets, missing = find_datasets(job)
     origins = _origins(question, datasets, job.means.device)
-    photos = {photo.path: photo for it in datasets for photo in photos_of(it.dataset)}
     datasets = [thinned(chosen, job.photos) for chosen in datasets]
     with pieces_folder(job.output) as folder:
         entrants = Entrants(job.means, job.dino)
-        count = sum(len(it.dataset.pairs) for it in datasets)
-        crew = eval_crew(job, entrants.backbone(), count, light_masks=is_light(question.masks))
-        with threads(crew.threads):  # as in worker processes: features of words depend on it
-            plain = make_tasks(job, datasets, entrants, crew.threads, folder)
-        tasks = tuple(_mask_task(question, task, origins, photos) for task in plain)
+        crew = eval_crew(job, datasets, entrants, light_masks=is_light(question.masks))
+        plain = make_tasks(job, datasets, entrants, crew.threads, folder)
+        tasks = tuple(_mask_task(question, task, origins[task.dataset.name]) for task in plain)
         is_here = crew.engine == "local" and crew.workers == 1
         work = MaskEvalWork(job.means, job.dino, tasks, entrants if is_here else None)
-        pieces = [piece for task in tasks for piece in task.pieces]
+        pieces = [piece for own in tasks for piece in own.task.shares]
         run(work, pieces, crew, what="naming masks", quiet=job.quiet)
         reports, lost = _reports(tasks, entrants, job.protocol)
     columns = suite(job.suite).sets if job.suite else ()
@@ -202,8 +185,7 @@ def _check(job: EvalJob, question: MaskQuestion) -> None:
         raise ConfigError(f"--mask-set is for sources ({', '.join(MASK_SOURCES)})")
     if job.rivals and "pooled" not in (question.variants or VARIANTS):
         raise ConfigError("--rival is about dense features; add --variant pooled")
-    if not is_made and job.output and path.resolve() in [*job.output.resolve().parents]:
-        raise ConfigError(f"-o {printable(job.output)} lies among the masks; choose another folder")
+    check_apart(None if is_made else question.masks, job.output, "--masks")
     check_job(job)
 
 
@@ -227,24 +209,13 @@ def _origins(question: MaskQuestion, datasets: Sequence[Chosen], device: str) ->
 
 
 def _made_before(masks: str, dataset: SegmentationDataset) -> Origin:
-    own = Path(masks) / dataset.name
-    path = own if own.exists() else Path(masks)
-    try:
-        before = find_masks(path, photos_of(dataset))
-    except DataError as error:
-        raise DataError(f"{dataset.name}: {error}") from error
+    before = masks_of(dataset, masks)
     assert isinstance(before, MadeBefore)
-    return Origin({"masks": printable(path)}, before=before)
+    return Origin({"masks": printable(before.path)}, before=before)
 
 
-def _mask_task(
-    question: MaskQuestion,
-    task: Task,
-    origins: Mapping[str, Origin],
-    photos: Mapping[Path, Photo],
-) -> MaskTask:
+def _mask_task(question: MaskQuestion, task: Task, origin: Origin) -> MaskTask:
     """The masks of a task; its pieces are not those of label maps."""
-    origin = origins[task.dataset.name]
     asked = question.variants or tuple(VARIANTS)
     # A rival has the model's image embedding, so that its crops are the model's.
     variants = ("pooled",) if task.rival else tuple(v for v in VARIANTS if v in asked)
@@ -257,7 +228,7 @@ def _mask_task(
     own = replace(
         task, identity=identity, folder=task.folder.with_name(name), departures=departures
     )
-    return MaskTask(own, origin, variants, tuple(photos[path] for path, _ in task.dataset.pairs))
+    return MaskTask(own, origin, variants)
 
 
 @dataclass(frozen=True)
@@ -312,16 +283,17 @@ def _name_piece(
     stamp = own.task.stamp(pairs)
     found: list[dict[str, NamedMasks]] = []
     errors: list[str] = []
-    for photo, (_, label_path) in zip(piece.photos, pairs, strict=True):
+    for photo, pair in zip(piece.photos, pairs, strict=True):
+        named = photo if refiner is None else refiner.photo(photo.path)
         try:
-            found.append(name_masks(segmenter, dataset, (photo, label_path), refiner, variants))
+            found.append(name_masks(segmenter, dataset, (named, pair[1]), refiner, variants))
             errors.append("")
         except DataError as error:
             errors.append(str(error))
         yield Outcome(photo, errors[-1])
     for variant in variants:
-        named = joined([masks[variant] for masks in found], len(dataset.classes))
-        write_named(own.path(number, variant), stamp, NamedPiece(named, errors))
+        every = joined([masks[variant] for masks in found], len(dataset.classes))
+        write_named(own.path(number, variant), stamp, NamedPiece(every, errors))
 
 
 def _reports(
@@ -356,8 +328,7 @@ def _total(own: MaskTask, variant: str) -> NamedPiece:
     for number, pairs in enumerate(own.task.pieces):
         piece = own.read(number, variant, own.task.stamp(pairs))
         if piece is None:
-            gone = own.path(number, variant)
-            raise DataError(f"{gone} has gone, or its photos changed meanwhile; run it again")
+            raise gone(own.path(number, variant))
         pieces.append(piece)
     named = joined([piece.named for piece in pieces], len(own.task.dataset.classes))
     return NamedPiece(named, [error for piece in pieces for error in piece.errors])

@@ -281,7 +281,7 @@ def class_features(
     half: bool = False,
     cache: bool = True,
 ) -> Float[Tensor, "K D"]:
-    """`encode_classes`, kept on disk under a hash of weights, names and templates.
+    """`encode_classes`, kept on disk under a hash of the text tower, names and templates.
 
     A cache that cannot be read or written is passed over. With `half`, a CLIP's text tower computes
     in float16.
@@ -292,7 +292,7 @@ def class_features(
 
     if not cache:
         return encode()
-    key = [backbone.text_hash, list(names), list(templates), fix_article, half]
+    key = ["mean", list(names), list(templates), fix_article, half]
     return _cached(backbone, key, (len(names), backbone.dim), encode)
 
 
@@ -316,15 +316,18 @@ def template_features(
 
     if not cache:
         return encode()
-    key = ["each", backbone.text_hash, list(names), list(templates), fix_article, half]
+    key = ["each", list(names), list(templates), fix_article, half]
     return _cached(backbone, key, (len(names), len(templates), backbone.dim), encode)
 
 
 def _cached(
     backbone: Backbone, key: list[object], shape: tuple[int, ...], encode: Callable[[], Tensor]
 ) -> Float[Tensor, "K *T D"]:
-    """What lies on disk under that key, or is made and laid there."""
-    digest = hashlib.sha256(json.dumps([__version__, *key]).encode()).hexdigest()[:32]
+    """What lies on disk under that key of the model, or is made and laid there."""
+    # The same weights with another activation, or cut into other heads, are another tower.
+    card = backbone.card.model_dump(mode="json", include={"family", "config", "activation"})
+    tower = [__version__, backbone.text_hash, card]
+    digest = hashlib.sha256(json.dumps([*tower, *key]).encode()).hexdigest()[:32]
     path = cache_dir() / "text" / f"{digest}.safetensors"
     if path.is_file():
         try:

@@ -39,6 +39,7 @@ from pixelclip.progress import progress_bar
 from pixelclip.segmenter import Segmenter
 from pixelclip.training.loop import MODEL, run_job
 from pixelclip.training.run import read_rows
+from pixelclip.vocabulary import parse_templates
 
 log = logging.getLogger("pixelclip")
 
@@ -241,12 +242,15 @@ def _evaluation(model: Model, dataset: SegmentationDataset) -> tuple[Report, boo
     """
     grid, cell = model.grid, model.cell
     config, departures = terms(grid.plan, cell, dataset)
-    pairs = json.dumps([[(path.name, _bytes(path)) for path in pair] for pair in dataset.pairs])
+    pairs = json.dumps([[_state(path) for path in pair] for pair in dataset.pairs])
+    templates = parse_templates(config.templates, of_classes=True) if config.templates else ()
     wanted = {
         "weights": model.weights,
         "pairs_sha256": hashlib.sha256(pairs.encode()).hexdigest(),
         "classes_sha256": dataset.classes_sha256,
         "settings": json.loads(config.model_dump_json()),
+        "templates": list(templates),  # as the file has them now
+        "labels": repr(dataset.values),
         "version": __version__,
     }
     name = ",".join([dataset.name, *([f"templates={cell.templates}"] if cell.templates else [])])
@@ -273,9 +277,12 @@ def _figures(report: Report) -> dict[str, float]:
     }
 
 
-def _bytes(path: Path) -> int:
-    """Size of a file; a missing one has none."""
-    return path.stat().st_size if path.is_file() else -1
+def _state(path: Path) -> list[object]:
+    """What a file is told by: name, size and date; a missing one has neither."""
+    if not path.is_file():
+        return [path.name]
+    stat = path.stat()
+    return [path.name, stat.st_size, stat.st_mtime_ns]
 
 
 def _file_hash(path: Path) -> str:

@@ -191,6 +191,9 @@ def load_backbone(
     where = choose_device(device)
     source = sources.resolve(name, weights_wanted=checkpoint is None)
     if attention != "pixelclip" and source.card.family != "vit":
+        from pixelclip.backbones.vit import check_attention
+
+        check_attention(attention)
         raise ConfigError(f"--attention {attention} needs a ViT; {name} is a {source.card.family}")
     card = source.card
     if checkpoint is None:

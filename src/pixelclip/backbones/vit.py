@@ -33,10 +33,7 @@ class DenseViT(nn.Module):
         attention: str = "pixelclip",
     ):
         super().__init__()
-        if attention not in LAST_BLOCKS:
-            raise ConfigError(
-                f"unknown attention {attention!r}; available: {', '.join(LAST_BLOCKS)}"
-            )
+        check_attention(attention)
         self.tower = tower
         self.attention = attention
         self.stride = int(tower.patch_size[0])
@@ -92,6 +89,16 @@ class DenseViT(nn.Module):
         tokens, _ = self.tokens(images)
         hidden = run_block(self.tower.transformer.resblocks[-1], tokens)[:, 0]
         return self.tower.ln_post(hidden) @ self.tower.proj
+
+
+def check_attention(name: str) -> None:
+    """Make sure that there is such a last block.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in LAST_BLOCKS:
+        raise ConfigError(f"unknown attention {name!r}; available: {', '.join(LAST_BLOCKS)}")
 
 
 def _listen(rows: Tensor, values: Tensor, bonus: Tensor | None = None) -> Tensor:

@@ -177,5 +177,5 @@ def eval_command(
         return run_eval_job(job)
     if refine is not None:
         raise ConfigError("--refine gives label maps their masks, --masks names some; give one")
-    settings = parse_settings(mask_settings or [])
+    settings = parse_settings(mask_settings or [], "--mask-set")
     return run_mask_eval(job, MaskQuestion(masks, settings, tuple(variant or ())))

@@ -14,8 +14,12 @@ from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.evaluate import PIECE, Pair
 from pixelclip.evaluation.rivals import make_rival
 from pixelclip.files import printable
+from pixelclip.jobs.run import Crew, make_crew
+from pixelclip.jobs.work import Piece
 from pixelclip.masks.refiner import MadeBefore, Refiner
+from pixelclip.photos import Photo
 from pixelclip.segmenter import Segmenter
+from pixelclip.workers import cores
 
 VERSION = 2  # of what is counted: pieces of another one are done again
 # Their arithmetic and their pictures decide the last bits.
@@ -51,6 +55,14 @@ class Task:
         """The pairs of each piece; always the same, whoever does them."""
         pairs = self.dataset.pairs
         return [pairs[start : start + PIECE] for start in range(0, len(pairs), PIECE)]
+
+    @property
+    def shares(self) -> list[Piece]:
+        """The same as pieces of a job over several tasks."""
+        return [
+            Piece(self.first + number, tuple(Photo(path, Path(path.stem)) for path, _ in pairs))
+            for number, pairs in enumerate(self.pieces)
+        ]
 
     def path(self, number: int) -> Path:
         """Where a piece lies; its number counts from 0 in the task."""
@@ -141,3 +153,30 @@ class Entrants:
             piece=PIECE,
             packages=[version(package) for package in PACKAGES],
         )
+
+
+def make_eval_crew(
+    backbone: Backbone,
+    photos: int,
+    workers: int | None,
+    engine: str = "local",
+    *,
+    light_masks: bool = True,
+) -> Crew:
+    """Who evaluates; the threads are the same for any number of photos, sets and workers.
+
+    Args:
+        backbone: of the model itself.
+        photos: of all data sets.
+        workers: processes; None: one, or as many as cores where models are small.
+        engine: `local`, or `ray`.
+        light_masks: no large model makes masks of photos beside it.
+
+    Raises:
+        ConfigError: engine or workers are wrong.
+    """
+    is_mini = backbone.card.family == "mini" and backbone.device.type == "cpu"
+    is_light = is_mini and light_masks
+    gpu = backbone.device.type == "cuda"
+    crew = make_crew(photos, workers, engine, is_light=is_light, gpu=gpu)
+    return crew._replace(threads=1 if is_light else cores())

@@ -1,6 +1,5 @@
 """Zero-shot classification of given masks: which of the names is this region?"""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from pixelclip.backbones.pixels import to_pixels
 from pixelclip.device import autocast
 from pixelclip.errors import ConfigError, DataError
+from pixelclip.evaluation.chosen import photos_of
 from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.evaluate import background_of
 from pixelclip.evaluation.maskclass_pieces import NamedMasks, joined
@@ -91,13 +91,6 @@ def check_variants(variants: Sequence[str]) -> None:
             raise ConfigError(f"unknown variant {variant!r}; available: {', '.join(VARIANTS)}")
 
 
-def photos_of(dataset: SegmentationDataset) -> list[Photo]:
-    """The photos of the pairs, named by their paths below the folder that all of them lie in."""
-    paths = [path for path, _ in dataset.pairs]
-    folder = os.path.commonpath([path.parent for path in paths])
-    return [Photo(path, path.relative_to(folder).with_suffix("")) for path in paths]
-
-
 def mask_terms(
     segmenter: Segmenter,
     origin: Mapping[str, object],
@@ -138,10 +131,12 @@ def name_masks(
         variants: what stands for a mask.
 
     Raises:
-        ConfigError: the segmenter's labels are not those of the highest score.
+        ConfigError: classes have templates of their own, or labels are refined.
         DataError: photo, labels or masks cannot be used.
     """
-    segmenter.check_scores()
+    if segmenter.experts is not None or segmenter.refiner is not None:
+        reason = "templates of single classes" if segmenter.experts else "refined labels"
+        raise ConfigError(f"masks cannot be named with {reason}; leave them out")
     photo, label_path = pair
     truth = dataset.truth(label_path)
     image = as_photo(photo.path, segmenter.config.max_pixels)

@@ -1,8 +1,5 @@
 """Named masks of one photo or many, kept in files, so that runs are shared and resumed."""
 
-import io
-import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from pixelclip.images import write_bytes
-
-MAX_BYTES = 2**30
-_DAMAGED = (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, MemoryError)
+from pixelclip.evaluation.piece_files import (
+    MISFITS,
+    cells_of,
+    counts_of,
+    integers,
+    read_arrays,
+    write_arrays,
+)
 
 
 class NamedMasks(NamedTuple):
@@ -71,35 +72,26 @@ def write_named(path: Path, stamp: str, piece: NamedPiece) -> None:
         DataError: the file cannot be written.
     """
     named = piece.named
-    cells = np.flatnonzero(named.matrix)  # a few photos fill few of the cells of 847 classes
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        stamp=np.array(stamp),
-        truth=named.truth,
-        scores=named.scores,
-        found=named.found,
-        cells=cells,
-        pixels=named.matrix.ravel()[cells],
-        errors=np.frombuffer(json.dumps(piece.errors).encode(), dtype=np.uint8),
-    )
-    write_bytes(path, buffer.getvalue())
+    arrays = {
+        "truth": named.truth,
+        "scores": named.scores,
+        "found": named.found,
+        **cells_of(named.matrix),
+    }
+    write_arrays(path, stamp, piece.errors, arrays)
 
 
 def read_named(path: Path, stamp: str, num_classes: int, num_photos: int) -> NamedPiece | None:
     """A piece; None if it is not there, not whole, or of other photos, masks or settings."""
+    stored = read_arrays(path, stamp, num_photos)
+    if stored is None:
+        return None
+    arrays, errors = stored
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return None
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            if str(stored["stamp"]) != stamp:
-                return None
-            matrix = np.zeros(num_classes * (num_classes + 1), dtype=np.int64)
-            matrix[_integers(stored["cells"])] = _integers(stored["pixels"])
-            truth, found = _integers(stored["truth"]), _integers(stored["found"])
-            scores = stored["scores"]
-            errors = json.loads(stored["errors"].tobytes())
-    except _DAMAGED:
+        matrix = counts_of(arrays, num_classes * (num_classes + 1))
+        truth, found = integers(arrays["truth"]), integers(arrays["found"])
+        scores = arrays["scores"]
+    except MISFITS:
         return None
     is_whole = (
         truth.ndim == 1
@@ -107,16 +99,8 @@ def read_named(path: Path, stamp: str, num_classes: int, num_photos: int) -> Nam
         and scores.shape == (len(truth), num_classes)
         and scores.dtype == np.float32
         and ((truth >= 0) & (truth <= num_classes)).all()
-        and isinstance(errors, list)
-        and len(errors) == num_photos
     )
     if not is_whole:
         return None
     named = NamedMasks(truth, scores, found, matrix.reshape(num_classes, num_classes + 1))
-    return NamedPiece(named, [str(error) for error in errors])
-
-
-def _integers(values: np.ndarray) -> Int64[np.ndarray, "..."]:
-    if values.dtype.kind not in "iu":
-        raise ValueError("not integers")
-    return values.astype(np.int64)
+    return NamedPiece(named, errors)

@@ -50,7 +50,7 @@ class MaskClassReport:
         accuracy: share of the masks whose class is found.
         mean_accuracy: the mean over classes of the share of their masks.
         miou: of the label maps in which every mask is painted with the class found, small masks on
-            top; labelled pixels under no mask are wrong.
+            top; labelled pixels under no mask are wrong, or background in sets that have it.
         ap: mean over the classes that occur of the average precision (scikit-learn's: no
             interpolation) of ranking all masks of the data set by their probability for the class.
             Masks are given, so unlike COCO's it says nothing of masks that were not found.

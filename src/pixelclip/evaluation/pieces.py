@@ -1,21 +1,23 @@
 """Counts of some photos in a file, so that evaluations are shared out, killed and resumed."""
 
-import io
-import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64, Integer
+from jaxtyping import Float, Integer
 
 from pixelclip.evaluation.metrics import Boundary, Counts
-from pixelclip.images import write_bytes
+from pixelclip.evaluation.piece_files import (
+    MISFITS,
+    cells_of,
+    counts_of,
+    integers,
+    read_arrays,
+    write_arrays,
+)
 
 WORST = 8  # photos listed and drawn
-MAX_BYTES = 2**28
-_DAMAGED = (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, MemoryError)
 
 
 class PieceCounts(NamedTuple):
@@ -46,59 +48,37 @@ def write_piece(path: Path, stamp: str, piece: PieceCounts) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    matrix = piece.counts.confusion
-    cells = np.flatnonzero(matrix)  # 16 photos fill few of the 718,000 cells of 847 classes
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        stamp=np.array(stamp),
-        cells=cells,
-        pixels=matrix.ravel()[cells],
-        boundary=np.stack(piece.counts.boundary),
-        mious=piece.mious,
-        errors=np.frombuffer(json.dumps(piece.errors).encode(), dtype=np.uint8),
-        **{f"drawn-{number}": labels for number, labels in piece.drawn.items()},  # type: ignore[arg-type]  # no switch
-    )
-    write_bytes(path, buffer.getvalue())
+    arrays = {
+        **cells_of(piece.counts.confusion),
+        "boundary": np.stack(piece.counts.boundary),
+        "mious": piece.mious,
+        **{f"drawn-{number}": labels for number, labels in piece.drawn.items()},
+    }
+    write_arrays(path, stamp, piece.errors, arrays)
 
 
 def read_piece(path: Path, stamp: str, num_classes: int, num_pairs: int) -> PieceCounts | None:
     """A piece; None if it is not there, not whole, or of other photos, models or settings."""
+    stored = read_arrays(path, stamp, num_pairs)
+    if stored is None:
+        return None
+    arrays, errors = stored
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return None
-        with zipfile.ZipFile(path) as archive:  # what is said here is all that is unpacked
-            if sum(part.file_size for part in archive.infolist()) > MAX_BYTES:
-                return None
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            if str(stored["stamp"]) != stamp:
-                return None
-            confused = np.zeros(num_classes * (num_classes + 1), dtype=np.int64)
-            confused[_integers(stored["cells"])] = _integers(stored["pixels"])
-            bands = _integers(stored["boundary"])
-            mious = np.asarray(stored["mious"], dtype=np.float64)
-            errors = json.loads(stored["errors"].tobytes())
-            worst = worst_of(mious)
-            drawn = {number: stored[f"drawn-{number}"] for number in worst}
-    except _DAMAGED:
+        confused = counts_of(arrays, num_classes * (num_classes + 1))
+        bands = integers(arrays["boundary"])
+        mious = np.asarray(arrays["mious"], dtype=np.float64)
+        drawn = {number: arrays[f"drawn-{number}"] for number in worst_of(mious)}
+    except MISFITS:
         return None
     is_whole = (
         bands.shape == (2, num_classes)
         and mious.shape == (num_pairs,)
-        and isinstance(errors, list)
-        and len(errors) == num_pairs
         and all(labels.ndim == 2 and labels.dtype.kind in "iu" for labels in drawn.values())
     )
     if not is_whole:
         return None
     counts = Counts(confused.reshape(num_classes, num_classes + 1), Boundary(*bands))
-    return PieceCounts(counts, mious, [str(error) for error in errors], drawn)
-
-
-def _integers(values: np.ndarray) -> Int64[np.ndarray, "..."]:
-    if values.dtype.kind not in "iu":
-        raise ValueError("not integers")
-    return values.astype(np.int64)
+    return PieceCounts(counts, mious, errors, drawn)
 
 
 def sum_pieces(pieces: Iterable[PieceCounts]) -> PieceCounts:

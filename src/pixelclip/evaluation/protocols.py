@@ -115,11 +115,16 @@ def settings_and_departures(
         said += chosen.background_departures
     before, after = plain.model_dump(), config.model_dump()
     said += [
-        f"{key} is {after[key]}; the protocol says {before[key]}"
+        f"{key} is {_said(after[key])}; the protocol says {_said(before[key])}"
         for key in before
         if key not in _FREE and after[key] != before[key]
     ]
     return config, [*said, *dataset.lacking, *notes]
+
+
+def _said(value: object) -> object:
+    """A setting in words: without a value of its own it is the model's."""
+    return "the model's own" if value in ("", None) else value
 
 
 class Suite(NamedTuple):

@@ -74,17 +74,17 @@ def is_light(refine: str | None) -> bool:
     return refine not in MASK_SOURCES or find_source(str(refine)).is_light
 
 
-def check_apart(refine: str | None, output: Path | None) -> None:
+def check_apart(masks: str | None, output: Path | None, option: str = "--refine") -> None:
     """Make sure that results are not written among the masks, which would then be others.
 
     Raises:
         ConfigError: they would be.
     """
-    if refine is None or refine in MASK_SOURCES or output is None:
+    if masks is None or masks in MASK_SOURCES or output is None:
         return
-    if output.resolve().is_relative_to(Path(refine).resolve()):
+    if output.resolve().is_relative_to(Path(masks).resolve()):
         raise ConfigError(
-            f"-o {printable(output)} lies among the masks of --refine; choose another folder"
+            f"-o {printable(output)} lies among the masks of {option}; choose another folder"
         )
 
 
