@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from pixelclip.ablation.plan import make_cells, parse_vary, plan_names, read_plan
-from pixelclip.ablation.plot import LONGEST_LABEL, _short
-from pixelclip.ablation.table import Result, Table, markdown, panels
+from pixelclip.ablation.plot import LONGEST_LABEL, _axis_title, _short
+from pixelclip.ablation.table import Result, Table, markdown, panels, write_table
 from pixelclip.ablation.work import ablate
 from pixelclip.backbones import load_backbone, save_backbone
 from pixelclip.config import SegmentConfig
@@ -142,6 +142,7 @@ def test_the_papers_components_are_rows_in_both_sizes(given, tmp_path):
 @pytest.mark.parametrize(
     ("vary", "message"),
     [
+        ("zz=3", r"known: k \(num_clusters\), gamma \(momentum\), eps \(temperature\), steps,"),
         ("clusters=3,4", "cannot vary clusters: no such setting; did you mean num_clusters?"),
         ("momentum=0.9,fast", r"momentum=fast: --set momentum: .*got 'fast'"),
         ("k=3,0", "num_clusters=0: --set num_clusters"),
@@ -173,6 +174,7 @@ def test_a_name_given_twice_is_refused():
     ("changes", "message"),
     [
         ({"data": ()}, "no data sets to evaluate on; give --data"),
+        ({"photos": 0}, "photos: input should be greater than or equal to 1"),
         ({"images": ()}, "no photos to train on; give --images"),
         ({"vary": {}}, "nothing is varied; give --vary"),
         ({"protocol": "mine"}, "mine"),
@@ -181,8 +183,8 @@ def test_a_name_given_twice_is_refused():
     ],
 )
 def test_what_a_plan_lacks_is_told(given, tmp_path, changes, message):
-    plan = make_plan(given, **({"vary": {"num_clusters": (3,)}} | changes))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):  # noqa: PT012 - either may tell
+        plan = make_plan(given, **({"vary": {"num_clusters": (3,)}} | changes))
         ablate(plan, tmp_path / "out", device="cpu")
 
 
@@ -286,6 +288,27 @@ def test_numbers_are_a_line_and_named_rows_are_bars(given, tmp_path):
     drawn = panels(Table("t", ("garden",), (2,), (base, *named), {}))
     assert not drawn.is_line
     assert [bar.values for bar in drawn.bars] == [[[3.0]], [[3.0]], [[]]]
+
+
+def test_nothing_is_drawn_before_there_is_a_row_beside_the_baseline(tmp_path):
+    figures = {"garden": dict.fromkeys(
+        ("miou", "pixel_accuracy", "mean_accuracy", "boundary_iou"), 3.0)}  # fmt: skip
+    base = Result("not adapted", "not adapted", {}, is_baseline=True, figures=figures)
+    todo = [Result(f"num_clusters={k}", "", {"num_clusters": k}) for k in (3, 4)]
+    plan = {"model": "mini", "protocol": "default"}
+    table = Table("t", ("garden",), (2,), (base, *todo), plan)
+    write_table(table, tmp_path)
+    assert not (tmp_path / "plot.png").exists()
+    table = table._replace(rows=(base, todo[0]._replace(figures=figures), todo[1]))
+    write_table(table, tmp_path)
+    assert (tmp_path / "plot.png").exists()
+    assert panels(table).title == "t (1 of 3 rows to do)"
+    assert panels(table._replace(rows=table.rows[:2])).title == "t"
+
+
+def test_the_axis_has_the_short_name_too():
+    assert _axis_title("num_clusters") == "k (num_clusters)"
+    assert _axis_title("steps") == "steps"
 
 
 def test_without_matplotlib_one_line_says_what_to_install(given, tmp_path, monkeypatch):
@@ -437,6 +460,25 @@ def test_evaluations_of_other_weights_are_done_again(given, made, tmp_path):
     document["asked"]["weights"] = "0"
     document["report"]["miou"] = 99.0
     path.write_text(json.dumps(document))
+    ablate(make_plan(given, "k=3,4"), out, device="cpu")
+    assert rows(out) == rows(made)
+
+
+def test_some_photos_of_each_data_set_are_evaluated_evenly_spaced(given, made, tmp_path):
+    out, log = shutil.copytree(made, tmp_path / "out"), tmp_path / "log"
+    code, text = run([*command(given, out, "k=3,4"), "--photos", "1"], log)
+    assert code == 0, text
+    table = json.loads((out / "table.json").read_text())
+    assert table["photos"] == {"garden": 1, "street": 1}
+    assert "garden (1 photos, evenly spaced)" in (out / "table.md").read_text()
+    stored = json.loads((out / "evaluations/num_clusters=3/garden.json").read_text())
+    assert stored["report"]["photos"] == 1
+    assert "at most 1 photos, evenly spaced" in stored["departures"]
+    before = times(made / "runs")
+    assert {path.relative_to(out): time for path, time in times(out / "runs").items()}.keys() == {
+        path.relative_to(made) for path in before
+    }
+    assert not any(line.strip() == "" for line in text.split("# ")[0].splitlines())
     ablate(make_plan(given, "k=3,4"), out, device="cpu")
     assert rows(out) == rows(made)
 

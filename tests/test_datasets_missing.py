@@ -32,7 +32,7 @@ def test_half_a_download_says_what_is_missing_and_where_to_get_it(tmp_path, name
     spec, lacking = read_spec(name), load_dataset(name, tmp_path).lacking
     assert lacking[0] == f"3 photos were found; the set has {spec.expected}"
     if name in SPLITS:
-        missing = f"1 of 6 photos are missing, the first {tmp_path / photo.format(1)}"
+        missing = f"1 of 6 photos is missing, the first {tmp_path / photo.format(1)}"
     else:
         missing = f"{spec.expected - 5} of {spec.expected} photos are missing"
     assert lacking[1] == f"{missing}; get {spec.photos.get}"

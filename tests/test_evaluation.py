@@ -70,11 +70,14 @@ def test_counts_equal_scikit_learn_with_847_classes_and_16_bits():
     assert np.isnan(metrics.iou_per_class(counts.confusion)[~seen]).all()
 
 
-def boundary_by_erosion(mask, radius):
-    """The paper's definition for one class: the mask without its erosion, outside being empty."""
+def boundary_by_erosion(mask, known, radius):
+    """The paper's definition for one class: the mask without its erosion, outside being empty.
+
+    What is not known is of every class, and does not count.
+    """
     square = np.ones((3, 3))
-    eroded = binary_erosion(mask, square, iterations=radius, border_value=0)
-    return mask & ~eroded
+    eroded = binary_erosion(mask | ~known, square, iterations=radius, border_value=0)
+    return mask & known & ~eroded
 
 
 def blobs(draw, height, width, num_classes):
@@ -82,21 +85,37 @@ def blobs(draw, height, width, num_classes):
     return np.kron(coarse, np.ones((9, 9), dtype=int))[:height, :width]
 
 
+@pytest.mark.parametrize("partly", [False, True])
 @pytest.mark.parametrize("size", [(120, 90), (7, 300), (1, 1), (40, 41)])
-def test_boundary_iou_equals_the_papers_definition_class_by_class(size):
+def test_boundary_iou_equals_the_papers_definition_class_by_class(size, partly):
     draw = np.random.default_rng(3)
     truth, labels = blobs(draw, *size, 5), np.roll(blobs(draw, *size, 5), 2, axis=0)
     labels = np.where(draw.random(size) < 0.6, truth, labels)
-    truth[: size[0] // 8, : size[1] // 3] = 255
+    if partly:
+        truth[: size[0] // 8, : size[1] // 3] = 255
+        truth[draw.random(size) < 0.1] = 255
+        truth[blobs(draw, *size, 2) == 1] = 255
+    labels[draw.random(size) < 0.05] = 255  # no class
     radius = max(1, round(0.02 * float(np.sqrt(size[0] ** 2 + size[1] ** 2))))
     counts = metrics.count_photo(truth, labels, 5)
     known = truth < 5
     for k in range(5):
         true, found = (
-            boundary_by_erosion(labels_of == k, radius) & known for labels_of in (truth, labels)
+            boundary_by_erosion(labels_of == k, known, radius) for labels_of in (truth, labels)
         )
         assert counts.boundary.intersection[k] == (true & found).sum()
         assert counts.boundary.union[k] == (true | found).sum()
+
+
+def test_a_prediction_that_is_right_on_all_labelled_pixels_has_a_boundary_iou_of_1():
+    draw = np.random.default_rng(5)
+    truth = np.full((200, 260), 255, np.uint8)  # as in voc20: most is not labelled
+    truth[50:90, 60:200], truth[90:150, 60:120], truth[94:150, 124:200] = 0, 1, 2
+    labels = np.where(truth < 3, truth, blobs(draw, 200, 260, 4)).astype(np.uint8)
+    counts = metrics.count_photo(truth, labels, 3)
+    assert (counts.boundary.intersection > 0).all()
+    np.testing.assert_array_equal(metrics.boundary_iou_per_class(counts), 1)
+    np.testing.assert_array_equal(metrics.iou_per_class(counts.confusion), 1)
 
 
 def test_boundary_iou_sees_the_edges_that_iou_does_not():
@@ -262,6 +281,11 @@ def test_label_values_beyond_the_classes_are_named(dataset, segmenter):
         Image.fromarray(np.full((40, 50), 7, np.uint8)).save(dataset / f"labels/{index}.png")
     with pytest.raises(DataError, match=r"holds the value 7, but there are 3 classes"):
         evaluate(segmenter, load_folder(dataset))
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_so(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        load_folder(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("part", ["images", "labels", "classes.txt"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ from pixelclip.evaluation.pieces import (
     worst_of,
     write_piece,
 )
-from pixelclip.evaluation.table import Row, print_table
+from pixelclip.evaluation.protocols import SUITES
+from pixelclip.evaluation.report import row_name
+from pixelclip.evaluation.table import Row, absent_line, print_table
 from pixelclip.workers import cores, threads
 from tests.tiny import Watched, photo, tiny_vit
 
@@ -158,9 +161,56 @@ def test_several_sets_and_rivals_make_one_table(model, data, tmp_path):
     reports = stored["results"]
     assert len({report["settings"]["classes_sha256"] for report in reports}) == 1
     table = list(csv.reader((output / "table.csv").read_text().splitlines()))
-    assert table[0] == ["mIoU %", "first", "second", "mean"]
+    assert table[0] == ["mIoU %", "first", "second", "mean", "not whole"]
     assert float(table[1][1]) == reports[0]["miou"]
     assert "| tiny-vit, naclip |" in (output / "report.md").read_text()
+
+
+def test_figures_that_are_not_of_all_photos_are_marked_wherever_they_stand(model, tmp_path, capsys):
+    data, other = make_set(tmp_path / "first", 2), make_set(tmp_path / "second", 2)
+    (data / "images/01.png").write_bytes(b"broken")
+    output = tmp_path / "out"
+    assert run_eval_job(job(model, data, other, output=output, quiet=False)) == 1
+    stored = json.loads((output / "results.json").read_text())
+    assert [report["whole"] for report in stored["results"]] == [False, True]
+    assert stored["table"]["rows"][0]["not_whole"] == ["first"]
+    (line,) = csv.DictReader((output / "table.csv").read_text().splitlines())
+    assert line["not whole"] == "first"
+    first, second = (f"{report['miou']:.1f}" for report in stored["results"])
+    text = (output / "report.md").read_text()
+    assert f"| tiny-vit | {first} * | {second} |" in text
+    assert "\\* not of all photos" in text
+    assert "1 photo could not be used" in text
+    said = capsys.readouterr().out
+    assert f"{first} *" in said
+    assert said.count("* not of all photos") == 1
+    assert run_eval_job(job(model, data, quiet=False)) == 1
+    assert f"mIoU {first} * over" in capsys.readouterr().out
+    assert run_eval_job(job(model, other, quiet=False, output=tmp_path / "whole")) == 0
+    assert "*" not in capsys.readouterr().out + (tmp_path / "whole/report.md").read_text()
+
+
+def test_results_do_not_depend_on_where_the_data_lie(model, tmp_path):
+    files = []
+    for folder in ("here", "deep/down/there"):
+        data, path = make_set(tmp_path / folder / "data", 3), tmp_path / folder / "all.json"
+        run_eval_job(job(model, data, json_file=path))
+        files.append(path.read_bytes())
+    assert files[0] == files[1]
+    report = json.loads(files[0])
+    assert {case["photo"] for case in report["worst"]} == {"00.png", "01.png", "02.png"}
+    assert report["settings"]["torch"] == version("torch")
+
+
+def test_rows_say_that_masks_or_templates_of_single_classes_decide(model, tmp_path):
+    data, output = make_set(tmp_path / "data", 1), tmp_path / "out"
+    run_eval_job(job(model, data, output=output, refine="superpixels"))
+    document = json.loads((output / "results.json").read_text())
+    (row,) = document["table"]["rows"]
+    assert row["name"] == "tiny-vit, refined by superpixels"
+    (report,) = document["results"]
+    report["settings"] |= {"refine": {"masks": "/deep/store", "state": ""}, "fused": True}
+    assert row_name(report) == "tiny-vit, refined by store, templates of single classes"
 
 
 def test_the_files_of_a_set_agree_with_its_figures(model, tmp_path):
@@ -227,9 +277,13 @@ def test_a_suite_names_what_is_missing_and_runs_the_rest(model, tmp_path, capsys
     assert "not evaluated: voc20" in capsys.readouterr().err
 
 
-def test_a_suite_without_any_set_is_an_error(model, tmp_path):
+def test_a_suite_without_any_set_is_an_error_that_names_them_all(model, tmp_path, capsys):
     with pytest.raises(DataError, match="none of the 8 data sets is there"):
         run_eval_job(job(model, suite="eight", root=tmp_path))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8
+    for line, name in zip(lines, SUITES["eight"].sets, strict=True):
+        assert line.startswith(f"pixelclip: not evaluated: {name}")
 
 
 def piece_of(mious, first):
@@ -266,9 +320,18 @@ def test_classes_that_do_not_occur_are_counted_not_listed(model, tmp_path):
     run_eval_job(job(model, data, output=tmp_path / "out"))
     text = (tmp_path / "out/report.md").read_text()
     assert "| sky |" in text
-    assert "thing" not in text
-    assert "5 classes do not occur." in text
+    assert "| thing" not in text
+    listed = ", ".join(names)
+    assert f"5 classes do not occur: {listed}." in text
+    assert "| class | IoU % | boundary IoU % | pixels |" in text
     assert "mean |" not in text.split("##")[0]  # of one set
+
+
+def test_of_many_classes_that_do_not_occur_ten_are_named():
+    assert absent_line(["cat"]) == "1 class does not occur: cat."
+    names = [f"c{number}" for number in range(12)]
+    said = f"12 classes do not occur: {', '.join(names[:10])}, and 2 more."
+    assert absent_line(names) == said
 
 
 def test_a_piece_is_read_back_only_whole(tmp_path):

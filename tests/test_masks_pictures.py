@@ -277,6 +277,24 @@ def test_captions_notes_and_legends_have_the_size_asked_for():
     assert legend(keys[:2], width=120, height=300, limit=5).height == 300
 
 
+def test_a_legend_says_0_percent_of_what_is_not_there_at_all():
+    none, little, more = (
+        legend([Key("cat", palette(1)[0], share)], width=120, height=20, limit=1).tobytes()
+        for share in (0, 1e-9, 0.004)
+    )
+    assert none != little == more
+
+
+def test_a_grid_has_room_for_a_title_and_a_line_below_it():
+    plain, titled, both = (
+        grid([[photo(300, 20)]], title=title, subtitle=subtitle)
+        for title, subtitle in (("", ""), ("title", ""), ("title", "what it says"))
+    )
+    assert plain.height < titled.height < both.height
+    top = titled.height - plain.height
+    assert np.asarray(both)[20 + top : 20 + both.height - plain.height].min() < 100
+
+
 def test_rows_of_a_grid_may_be_of_any_length():
     dark = Image.new("RGB", (10, 20), INK)
     drawn = np.asarray(grid([[dark, dark], [dark, dark, dark], [dark]], title="A title"))

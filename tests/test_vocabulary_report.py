@@ -150,8 +150,8 @@ def test_report_by_hand(dataset):
     report = hand_made(dataset)
     cat, dog = report["classes"]
     assert report["miou"] == pytest.approx(100 * (6 / 8 + 4 / 6) / 2, abs=1e-3)
-    assert (cat["pixels"], cat["pieces"], cat["piece_area"]) == (66.667, 1, 8)
-    assert (dog["photos"], dog["pieces"], dog["piece_area"]) == (2, 2, 2)
+    assert (cat["pixels_percent"], cat["pieces"], cat["piece_pixels"]) == (66.667, 1, 8)
+    assert (dog["photos"], dog["pieces"], dog["piece_pixels"]) == (2, 2, 2)
     # The synonym changes the dog alone, so it is no wording of the cat or of the whole.
     assert report["spread"]["wordings"] == cat["wording"]["wordings"] == 2
     assert report["spread"]["worst"] == "a {}"
@@ -161,17 +161,21 @@ def test_report_by_hand(dataset):
     assert (dog["wording"]["lowest"], dog["wording"]["worst"]) == (0, "dog → hound")
     assert dog["wording"]["mean"] == pytest.approx(100 * (4 / 6 + 4 / 8) / 3, abs=1e-3)
     swap = report["wordings"][2]
-    assert (swap["changed"], swap["iou"], swap["miou"]) == ("dog", 0, pytest.approx(33.333))
+    assert (swap["changed"], swap["iou"], swap["miou"]) == (
+        {"dog": "hound"},
+        0,
+        pytest.approx(33.333),
+    )
     # Three of the cat's eight pixels were right and are the fox's, which takes four.
-    assert cat["near_misses"] == {"share": 37.5, "most": "fox"}
-    assert dog["near_misses"] == {"share": 25, "most": "wolf"}
+    assert cat["near_misses"] == {"percent": 37.5, "most": "fox"}
+    assert dog["near_misses"] == {"percent": 25, "most": "wolf"}
     near = report["near_misses"]
     assert near["accuracy_before"] == 100 * (6 / 8 + 4 / 4) / 2
     assert near["accuracy_after"] == 100 * (3 / 8 + 3 / 4) / 2
-    assert near["pixels"] == pytest.approx(100 * 5 / 12, abs=1e-3)
-    assert near["after"] == pytest.approx(100 * (3 / 8 + 3 / 5) / 2, abs=1e-3)
-    assert report["confused"] == [{"true": "cat", "predicted": "dog", "pixels": 2, "share": 25}]
-    assert report["rank_correlation"]["pixels"] is None  # two classes say nothing
+    assert near["pixels_percent"] == pytest.approx(100 * 5 / 12, abs=1e-3)
+    assert near["miou_after"] == pytest.approx(100 * (3 / 8 + 3 / 5) / 2, abs=1e-3)
+    assert report["confused"] == [{"true": "cat", "predicted": "dog", "pixels": 2, "percent": 25}]
+    assert report["rank_correlation"]["pixels_percent"] is None  # two classes say nothing
 
 
 def test_objects_hold_half_of_the_pixels_whatever_the_crumbs():
@@ -196,7 +200,7 @@ def test_absent_classes_have_no_figures_and_do_not_count(dataset):
     counted = count_vocabularies(vocabularies, data)
     report = vocabulary_report.report(vocabularies, data, counted)
     zebra = report["classes"][3]
-    assert zebra["iou"] is zebra["wording"] is zebra["piece_area"] is zebra["near_misses"] is None
+    assert zebra["iou"] is zebra["wording"] is zebra["piece_pixels"] is zebra["near_misses"] is None
     assert report["miou"] == pytest.approx(100 * mean_iou(counted.matrices[0]), abs=1e-3)
     assert "| zebra |  | 0.0 | 0 | 0 |  |" in markdown(report)
 
@@ -213,6 +217,31 @@ def test_report_is_json_and_a_page_with_every_part(dataset, tmp_path):
     assert first == second  # the same report gives the same bytes
     with Image.open(tmp_path / "a/wordings.png") as picture:
         assert picture.width > 500
+
+
+def test_the_changed_words_of_a_wording_are_named(dataset):
+    words = Thesaurus(
+        concepts=(Concept(names=("cat", "kitty")), Concept(names=("dog", "hound"), near=("wolf",)))
+    )
+    data = load_folder(dataset)
+    given = make_wordings(data.classes, words, [])
+    vocabularies = Vocabularies(varied_vit(), given, CONFIG)
+    counted = count_vocabularies(vocabularies, data)
+    report = vocabulary_report.report(vocabularies, data, counted)
+    changed = {row["kind"]: row["changed"] for row in report["wordings"]}
+    assert changed["given"] == changed["near misses"] == {}
+    assert changed["plural"] == {"cat": "cats", "dog": "dogs", "sky": "skies"}
+    assert changed["synonyms"] == {"cat": "kitty", "dog": "hound"}
+    assert changed["one synonym"] == {"dog": "hound"}
+    page = markdown(report)
+    assert "- 2 names by their synonym 1: cat → kitty, dog → hound" in page
+    ends = [report["spread"]["worst"], report["spread"]["best"]]
+    for end, label in zip(("Worst", "Best"), ends, strict=True):
+        words = ", ".join(f"{old} → {new}" for old, new in next(
+            row["changed"] for row in report["wordings"] if row["label"] == label).items())  # fmt: skip # noqa: E501
+        assert (f"- {end}, {label}: {words}" in page.split("## ")[0]) == bool(words)
+    assert {"synonyms", "plural"} & {row["kind"] for row in report["wordings"]
+                                     if row["label"] in ends}  # fmt: skip
 
 
 def test_wordings_by_hand():
@@ -272,7 +301,10 @@ def test_command_writes_report_page_and_pictures(dataset, run_dir, tmp_path, cap
         dataset, model=str(run_dir), output=tmp_path / "out", thesaurus=words, short_side=64
     )
     assert code == 0
-    assert "With 1 near misses" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "With 1 near misses" in out
+    written = "report.md, report.json, frequency_and_size.png, wordings.png"
+    assert out.endswith(f"{written} -> {tmp_path / 'out'}/\n")
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["photos"] == 3
     assert report["near_misses"]["names"] == ["fox"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ from pixelclip.jobs.run import run
 from pixelclip.jobs.work import Do, Outcome, Piece, cut
 from pixelclip.photos import Photo
 from pixelclip.workers import threads
+
+log = logging.getLogger("pixelclip")
 
 VERSION = 1  # of what is counted: pieces of another one are done again
 PIECE = 4  # photos: each goes through all vocabularies, which may take a minute
@@ -87,6 +90,8 @@ def run_bias_job(job: BiasJob) -> int:
     wordings = make_wordings(dataset.classes, load_thesaurus(job.thesaurus))
     config, departures = settings_and_departures(job.preset, job.settings, dataset, notes)
     check_writable(job.output)
+    if not job.quiet:
+        log.info("%d vocabularies: their names come first, then the photos", len(wordings))
     task = Task("", dataset, config, tuple(departures))
     entrants = Entrants(job.means)
     crew = make_eval_crew(entrants.backbone(), len(dataset.pairs), job.workers)
@@ -198,9 +203,9 @@ def _write(job: BiasJob, report: VocabularyReport) -> None:
     write_json(job.output / "report.json", report)
     page = markdown(report)
     write_bytes(job.output / "report.md", page.encode())
-    if job.pictures:
-        write_pictures(report, job.output)
+    pictures = write_pictures(report, job.output) if job.pictures else []
     if not job.quiet:
-        print(page[: page.index("\n## ")] + f"\nreport.md, report.json -> {job.output}/")
+        names = ", ".join(["report.md", "report.json", *(path.name for path in pictures)])
+        print(page[: page.index("\n## ")] + f"\n{names} -> {job.output}/")
     for line in report["failed"]:
         print(f"pixelclip: failed: {line}", file=sys.stderr)

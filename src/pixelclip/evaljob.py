@@ -26,7 +26,13 @@ from pixelclip.evaluation.pieces import (
 )
 from pixelclip.evaluation.protocols import protocol, settings_and_departures, suite
 from pixelclip.evaluation.report import Scores, Terms, make_report
-from pixelclip.evaluation.results import Result, Results, print_results, write_results
+from pixelclip.evaluation.results import (
+    Result,
+    Results,
+    print_lines,
+    print_results,
+    write_results,
+)
 from pixelclip.evaluation.rivals import check_rivals, departures_of
 from pixelclip.evaluation.sheet import small
 from pixelclip.images import check_writable
@@ -159,7 +165,8 @@ def find_datasets(job: EvalJob) -> tuple[list[Chosen], list[str]]:
         except DataError as error:
             missing.append(str(error))
     if not found:
-        raise DataError(f"none of the {len(missing)} data sets is there; first: {missing[0]}")
+        print_lines(missing)
+        raise DataError(f"none of the {len(missing)} data sets is there; all are named above")
     taken: set[str] = set()
     for index, chosen in enumerate(found):
         own, number = chosen.dataset.name, 2

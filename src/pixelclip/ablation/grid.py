@@ -12,6 +12,7 @@ from pixelclip.backbones.means import fingerprint
 from pixelclip.checkpoint import read_json
 from pixelclip.config import FREE_TO_CHANGE, SegmentConfig
 from pixelclip.errors import ConfigError
+from pixelclip.evaluation.chosen import Chosen, thinned
 from pixelclip.evaluation.datasets import (
     SegmentationDataset,
     dataset_names,
@@ -88,7 +89,8 @@ def _datasets(plan: Plan) -> list[SegmentationDataset]:
     for text in plan.data:
         name, equals, root = text.partition("=")
         is_named = equals and name in dataset_names()
-        datasets.append(load_dataset(name, Path(root)) if is_named else load_folder(Path(text)))
+        dataset = load_dataset(name, Path(root)) if is_named else load_folder(Path(text))
+        datasets.append(thinned(Chosen(dataset), plan.photos).dataset)
     names = [dataset.name for dataset in datasets]
     if not names:
         raise ConfigError(
@@ -102,7 +104,8 @@ def _datasets(plan: Plan) -> list[SegmentationDataset]:
 def terms(plan: Plan, cell: Cell, dataset: SegmentationDataset) -> tuple[SegmentConfig, list[str]]:
     """How a cell is evaluated on a data set, and what in it is not as the protocol says."""
     own = {"templates": cell.templates} if cell.templates else {}
-    return settings_and_departures(plan.protocol, {**plan.evaluation, **own}, dataset)
+    some = (f"at most {plan.photos} photos, evenly spaced",) if plan.photos else ()
+    return settings_and_departures(plan.protocol, {**plan.evaluation, **own}, dataset, some)
 
 
 def trained_path(grid: Grid, cell: Cell) -> Path:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pixelclip.config import TrainConfig, parse_value, validated
 from pixelclip.errors import ConfigError
@@ -52,6 +52,7 @@ class Plan(BaseModel):
         settings: fields of `TrainConfig`, over those.
         data: data sets to evaluate on: folders with images/, labels/ and classes.txt, or
             NAME=FOLDER for official downloads (`voc20=VOCdevkit`).
+        photos: at most so many of each data set, evenly spaced; None: all.
         protocol: of the evaluation: default, authors or sliding.
         evaluation: fields of `SegmentConfig`, over the protocol's.
         baseline: evaluate the model before training as well.
@@ -72,6 +73,7 @@ class Plan(BaseModel):
     recipe: str | None = None
     settings: dict[str, object] = {}
     data: tuple[str, ...] = ()
+    photos: int | None = Field(None, ge=1)
     protocol: str = "default"
     evaluation: dict[str, object] = {}
     baseline: bool = True
@@ -191,12 +193,18 @@ def named(values: Mapping[str, object]) -> Values:
         name = ALIASES.get(key, key)
         if name not in known:
             near = get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_listed(known))}"
             raise ConfigError(f"cannot vary {key}: no such setting; {hint}")
         if name in full:
             raise ConfigError(f"{name} is given twice, as {key} too")
         full[name] = value
     return full
+
+
+def _listed(known: Sequence[str]) -> list[str]:
+    """All names, those with a short one first."""
+    short = [f"{short} ({name})" for short, name in ALIASES.items()]
+    return [*short, *(name for name in known if name not in ALIASES.values())]
 
 
 def make_cells(plan: Plan, out: Path, device: str = "auto") -> list[Cell]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pixelclip.ablation.plan import ALIASES
 from pixelclip.evaluation.plots import check_plots
 from pixelclip.images import write_bytes
 
@@ -123,7 +124,7 @@ def _line(axes, panels: Panels, index: int) -> None:  # type: ignore[no-untyped-
     low, high = axes.get_ylim()
     missing = max(0.0, LEAST_SPAN - (high - low)) / 2
     axes.set_ylim(low - missing, high + missing)
-    axes.set_xlabel(panels.axis)
+    axes.set_xlabel(_axis_title(panels.axis))
     if index == 0:
         axes.set_ylabel("mIoU %")
 
@@ -147,6 +148,11 @@ def _bars(axes, panels: Panels, index: int) -> None:  # type: ignore[no-untyped-
     axes.margins(x=0.15)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("mIoU %")
+
+
+def _axis_title(name: str) -> str:
+    """What is varied, by its short name too."""
+    return next((f"{short} ({name})" for short, full in ALIASES.items() if full == name), name)
 
 
 def _short(label: str) -> str:

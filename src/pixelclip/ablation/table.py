@@ -82,6 +82,8 @@ class Table(NamedTuple):
 def write_table(table: Table, out: Path, *, plot: bool = True) -> None:
     """Write `table.json`, `table.csv`, `table.md`, and `plot.png` and `plot.svg`.
 
+    Nothing is drawn before there is a figure beside those of the model before training.
+
     Raises:
         DataError: a file cannot be written.
         MissingExtra: matplotlib is not installed.
@@ -89,7 +91,7 @@ def write_table(table: Table, out: Path, *, plot: bool = True) -> None:
     write_bytes(out / "table.json", _json(table).encode())
     write_bytes(out / "table.csv", _csv(table).encode())
     write_bytes(out / "table.md", markdown(table).encode())
-    if plot:
+    if plot and any(row.figures for row in table.rows if not row.is_baseline):
         write_plot(panels(table), out / "plot")
 
 
@@ -173,8 +175,9 @@ def _lines(lines: Sequence[Sequence[str]]) -> str:
 
 def _notes(table: Table) -> str:
     plan = table.plan
+    some = ", evenly spaced" if plan.get("photos") else ""
     sets = ", ".join(
-        f"{name} ({photos} photos)"
+        f"{name} ({photos} photos{some})"
         for name, photos in zip(table.datasets, table.photos, strict=True)
     )
     notes = [
@@ -185,9 +188,13 @@ def _notes(table: Table) -> str:
         notes.append("One seed: `--vary seed=0,1,2` tells differences from chance.")
     notes += [f"Failed: {row.label}: {row.error}" for row in table.rows if row.error]
     notes += [f"{row.label}: {row.note}" for row in table.rows if row.note]
-    todo = sum(not row.figures and not row.error for row in table.rows)
-    notes += [f"Still to do: {todo} of {len(table.rows)} rows."] if todo else []
+    notes += [f"Still to do: {todo}."] if (todo := _to_do(table)) else []
     return "".join(f"- {note}\n" for note in notes)
+
+
+def _to_do(table: Table) -> str:
+    todo = sum(not row.figures and not row.error for row in table.rows)
+    return f"{todo} of {len(table.rows)} rows" if todo else ""
 
 
 def panels(table: Table) -> Panels:
@@ -214,7 +221,7 @@ def panels(table: Table) -> Panels:
         for name, photos in zip(table.datasets, table.photos, strict=True)
     ]
     return Panels(
-        title=table.title,
+        title=f"{table.title} ({todo} to do)" if (todo := _to_do(table)) else table.title,
         panels=[*titles, *(["mean"] if len(titles) > 1 else [])],
         bars=bars,
         axis=axis,

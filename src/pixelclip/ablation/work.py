@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -35,7 +36,7 @@ from pixelclip.jobs.run import make_crew
 from pixelclip.masks.generate import FromPixels, MadeBy, generate
 from pixelclip.masks.sources import described, find_source, source_settings
 from pixelclip.photos import find_photos
-from pixelclip.progress import progress_bar
+from pixelclip.progress import Shown
 from pixelclip.segmenter import Segmenter
 from pixelclip.training.loop import MODEL, run_job
 from pixelclip.training.run import read_rows
@@ -260,9 +261,9 @@ def _evaluation(model: Model, dataset: SegmentationDataset) -> tuple[Report, boo
         if found.get("asked") == wanted:
             return cast(Report, found["report"]), False
     segmenter = Segmenter(model.backbone, dataset.classes, config=config)
-    with progress_bar(quiet=grid.quiet) as bar:
-        task = bar.add_task(dataset.name, total=len(dataset.pairs))
-        report = evaluate(segmenter, dataset, lambda: bar.advance(task))
+    done = count(1)
+    with Shown(dataset.name, len(dataset.pairs), 0, quiet=grid.quiet, unit="photos") as shown:
+        report = evaluate(segmenter, dataset, lambda: shown.update(next(done), ""))
     write_json(path, {"asked": wanted, "departures": departures, "report": report})
     return report, True
 

@@ -55,6 +55,13 @@ def ablate_command(
             show_default="the plan's",
         ),
     ] = None,
+    photos: Annotated[
+        int | None,
+        typer.Option(
+            help="At most so many photos of each data set, evenly spaced.",
+            show_default="the plan's",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="To start from.", show_default="the plan's"),
@@ -96,12 +103,15 @@ def ablate_command(
         "images": images,
         "masks": masks,
         "data": data,
+        "photos": photos,
         "model": model,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "vary": parse_vary(vary or []) or None,
         "settings": parse_settings(settings or []) or None,
     }
-    plan = read_plan(config, {key: value for key, value in given.items() if value})
+    plan = read_plan(
+        config, {key: value for key, value in given.items() if value not in (None, [])}
+    )
     table = ablate(plan, output, device=device, plot=plot, quiet=quiet)
     if as_json:
         print((output / "table.json").read_text(encoding="utf-8"), end="")

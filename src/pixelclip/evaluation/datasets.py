@@ -263,7 +263,8 @@ def _lacking(
         gone = next((name for name in listed or () if name not in there), None)
         first = "" if gone is None else f", the first {_file(root, photos.at, gone)}"
         missing = total - len(photos.names)
-        lines.append(f"{missing} of {total} photos are missing{first}; get {spec.photos.get}")
+        verb = "is" if missing == 1 else "are"
+        lines.append(f"{missing} of {total} photos {verb} missing{first}; get {spec.photos.get}")
     if missing := len(photos.names) - len(labels.names):
         there = set(labels.names)
         gone = next(name for name in photos.names if name not in there)
@@ -348,6 +349,8 @@ def load_folder(folder: Path) -> SegmentationDataset:
             it is named. A single photo without a label map is not: evaluation lists it among the
             failed.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
     for part in ("images", "labels", "classes.txt"):
         if not (folder / part).exists():
             raise DataError(f"{folder} has no {part}; a data set has images/, labels/, classes.txt")

@@ -21,7 +21,7 @@ from pixelclip.photos import Photo
 from pixelclip.segmenter import Segmenter
 from pixelclip.workers import cores
 
-VERSION = 2  # of what is counted: pieces of another one are done again
+VERSION = 3  # of what is counted: pieces of another one are done again
 # Their arithmetic and their pictures decide the last bits.
 PACKAGES = ("torch", "timm", "open_clip_torch", "numpy", "pillow", "scikit-image")
 

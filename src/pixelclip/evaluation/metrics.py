@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int64, Integer, UInt8
+from jaxtyping import Bool, Float, Int, Int64, Integer, UInt, UInt8
 
 BOUNDARY_SHARE = 0.02  # of the photo's diagonal: the width of a boundary (Cheng et al. 2021)
 
@@ -60,10 +60,17 @@ def count_photo(
         truth: class indices; pixels that are not of a class (any other value) do not count.
         labels: predicted indices; any other value is "no class".
         num_classes: K.
+
+    Edges are those between labelled pixels, and the photo's frame: in the truth as in the
+    prediction, so that one that is right wherever there is a truth has a boundary IoU of 1.
     """
-    radius = boundary_radius(*truth.shape)
-    bands = boundary_band(truth, radius) * np.uint8(2) + boundary_band(labels, radius)
-    pairs = _pairs(truth, labels, num_classes, bands)[:, :num_classes]  # [4, K, K + 1]
+    true, found = _indices(truth, num_classes), _indices(labels, num_classes)
+    radius, is_labelled = boundary_radius(*truth.shape), true < num_classes
+    of_truth, of_labels = (
+        boundary_band(part, is_labelled, num_classes, radius) for part in (true, found)
+    )
+    bands = of_truth * np.uint8(2) + of_labels
+    pairs = _pairs(true, found, num_classes, bands)[:, :num_classes]  # [4, K, K + 1]
     square = pairs[:, :, :num_classes]
     both = np.diagonal(square[3])
     union = pairs[2:].sum(axis=(0, 2)) + square[1::2].sum(axis=(0, 1)) - both
@@ -77,23 +84,30 @@ def confusion(
 
     Arguments as of `count_photo`.
     """
-    return _pairs(truth, labels, num_classes, np.zeros(truth.shape, np.uint8))[0, :num_classes]
+    true, found = _indices(truth, num_classes), _indices(labels, num_classes)
+    return _pairs(true, found, num_classes, np.zeros(truth.shape, np.uint8))[0, :num_classes]
+
+
+def _indices(part: Integer[np.ndarray, "H W"], num_classes: int) -> UInt[np.ndarray, "H W"]:
+    """Class indices as small as they can be; K is any other value."""
+    if np.issubdtype(part.dtype, np.signedinteger):
+        part = np.where(part < 0, num_classes, part)
+    last = np.array(num_classes, dtype=np.min_scalar_type(num_classes))
+    return np.minimum(part, last).astype(last.dtype, copy=False)
 
 
 def _pairs(
-    truth: Integer[np.ndarray, "H W"],
-    labels: Integer[np.ndarray, "H W"],
+    true: UInt[np.ndarray, "H W"],
+    found: UInt[np.ndarray, "H W"],
     num_classes: int,
     kinds: UInt8[np.ndarray, "H W"],
 ) -> Int64[np.ndarray, "4 K1 K1"]:
     """Pixels of each kind (0 to 3), true class and predicted class; K is "no class"."""
     size = num_classes + 1
     index = kinds.astype(np.intp)
-    for part in (truth, labels):
-        if np.issubdtype(part.dtype, np.signedinteger):
-            part = np.where(part < 0, num_classes, part)
+    for part in (true, found):
         index *= size
-        index += np.minimum(part.astype(np.intp, copy=False), num_classes)
+        index += part
     counts = np.bincount(index.ravel(), minlength=4 * size * size)
     return counts.astype(np.int64, copy=False).reshape(4, size, size)
 
@@ -106,36 +120,51 @@ def boundary_radius(height: int, width: int) -> int:
     return max(1, round(BOUNDARY_SHARE * float(np.hypot(height, width))))
 
 
-def boundary_band(labels: Integer[np.ndarray, "H W"], radius: int) -> Bool[np.ndarray, "H W"]:
-    """Pixels at most so far inside the mask of their own label, the photo's frame being outside.
+def boundary_band(
+    classes: UInt[np.ndarray, "H W"],
+    is_labelled: Bool[np.ndarray, "H W"],
+    num_classes: int,
+    radius: int,
+) -> Bool[np.ndarray, "H W"]:
+    """Labelled pixels at most so far inside the mask of their class, the frame being outside.
 
     In the paper each class is a mask, and the band is what an erosion by a square of
-    2 * radius + 1 takes away. A pixel is taken from its own class's mask just where that square
-    holds another label, that is where two neighbours in it differ: found for all classes at once.
+    2 * radius + 1 takes away. Where all is labelled, that is done here to all classes at once: a
+    pixel is taken from its own mask just where that square holds another class, that is where the
+    largest and the smallest index in it differ. Pixels that are not labelled are no class, and so
+    no edge: they are taken for the least index where the largest is sought, and vice versa.
+
+    Args:
+        classes: 0 to num_classes, the last one being "no class"; that, too, is a mask.
+        is_labelled: what counts; elsewhere the band is empty.
+        num_classes: K.
+        radius: width of the band in pixels.
     """
-    across = np.zeros(labels.shape, dtype=bool)  # differs from the next pixel of the row
-    across[:, :-1] = labels[:, 1:] != labels[:, :-1]
-    down = np.zeros(labels.shape, dtype=bool)
-    down[:-1] = labels[1:] != labels[:-1]
-    near = _any_within(across.T, radius, radius - 1).T
-    band = _any_within(near, radius, radius) | _any_within(down, radius, radius - 1)
-    band[:radius] = band[-radius:] = True
-    band[:, :radius] = band[:, -radius:] = True
+    band = is_labelled.copy()
+    if min(band.shape) > 2 * radius:  # else all of the photo is near its frame
+        inner = (slice(radius, -radius), slice(radius, -radius))
+        last = classes.dtype.type(num_classes)
+        largest = _over_square(np.maximum, classes * is_labelled, radius)
+        smallest = _over_square(np.minimum, np.where(is_labelled, classes, last), radius)
+        band[inner] &= largest != smallest
     return band
 
 
-def _any_within(flags: Bool[np.ndarray, "H W"], before: int, after: int) -> Bool[np.ndarray, "H W"]:
-    """Whether any flag is set from so many rows before each row to so many after it.
+def _over_square(
+    ufunc: np.ufunc, values: UInt[np.ndarray, "H W"], radius: int
+) -> UInt[np.ndarray, "h w"]:
+    """The maximum or minimum over the square around each pixel that is not near the frame.
 
-    By doubling the rows that are covered: 7 ORs of bytes for a window of 65 rows.
+    By doubling the rows that are covered: 7 steps for a square of 65 rows.
     """
-    covered, length = 1, before + after + 1
-    found = np.pad(flags, ((before, after), (0, 0)))
-    while covered < length:
-        step = min(covered, length - covered)
-        found = found[:-step] | found[step:]
-        covered += step
-    return found
+    for _ in range(2):
+        covered, length = 1, 2 * radius + 1
+        while covered < length:
+            step = min(covered, length - covered)
+            values = ufunc(values[:-step], values[step:])
+            covered += step
+        values = values.T
+    return values
 
 
 def iou_per_class(matrix: Int[np.ndarray, "K K1"]) -> Float[np.ndarray, " K"]:

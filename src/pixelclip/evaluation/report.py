@@ -2,8 +2,10 @@
 
 import csv
 import io
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -32,10 +34,14 @@ from pixelclip.images import write_bytes
 from pixelclip.segmenter import Segmenter
 
 WIDEST = 10_000  # characters of a line
+NOT_WHOLE = "* not of all photos: some are missing, have no label map, or could not be used."
 
 
 class WorstPhoto(TypedDict):
-    """A photo and its own mIoU in percent, over the classes of its truth."""
+    """A photo and its own mIoU in percent, over the classes of its truth.
+
+    The photo is told by its path below the folder that all photos of the set lie in.
+    """
 
     photo: str
     miou: float
@@ -53,6 +59,7 @@ class Report(TypedDict):
     protocol: str
     departures: list[str]
     photos: int
+    whole: bool
     miou: float
     pixel_accuracy: float
     mean_accuracy: float
@@ -114,7 +121,11 @@ def make_report(
     if not matrix.any():
         raise DataError(f"no pixel of {dataset.name} is labelled")
     boundary_ious = boundary_iou_per_class(counts)
-    settings = {"classes_sha256": dataset.classes_sha256, **segmenter.description()}
+    settings = {
+        "classes_sha256": dataset.classes_sha256,
+        "torch": version("torch"),
+        **segmenter.description(),
+    }
     return Report(
         dataset=dataset.name,
         model=segmenter.backbone.card.name,
@@ -122,6 +133,7 @@ def make_report(
         protocol=terms.protocol,
         departures=list(terms.departures),
         photos=len(dataset.pairs) - len(failed),
+        whole=not (dataset.lacking or failed),
         miou=_percent(mean_iou(matrix)),
         pixel_accuracy=_percent(pixel_accuracy(matrix)),
         mean_accuracy=_percent(mean_accuracy(matrix)),
@@ -132,16 +144,34 @@ def make_report(
         per_class_accuracy=_by_name(dataset.classes, accuracy_per_class(matrix)),
         per_class_boundary_iou=_by_name(dataset.classes, boundary_ious),
         per_class_pixels=dict(zip(dataset.classes, matrix.sum(axis=1).tolist(), strict=True)),
-        worst=[
-            WorstPhoto(
-                photo=printable(dataset.pairs[index][0]),
-                miou=_percent(float(scores.mious[index])),
-            )
-            for index in worst_of(scores.mious)
-        ],
+        worst=_worst(dataset, scores),
         failed=failed,
         settings=settings,
     )
+
+
+def _worst(dataset: SegmentationDataset, scores: Scores) -> list[WorstPhoto]:
+    folder = os.path.commonpath([photo.parent for photo, _ in dataset.pairs])
+    return [
+        WorstPhoto(
+            photo=printable(dataset.pairs[index][0].relative_to(folder)),
+            miou=_percent(float(scores.mious[index])),
+        )
+        for index in worst_of(scores.mious)
+    ]
+
+
+def row_name(report: Report) -> str:
+    """What a result is called in tables."""
+    settings, parts = report["settings"], [report["model"]]
+    if report["rival"] is not None:
+        parts.append(report["rival"])
+    refine = settings.get("refine")
+    if isinstance(refine, dict):
+        parts.append(f"refined by {refine.get('source') or Path(str(refine.get('masks'))).name}")
+    if settings.get("fused"):
+        parts.append("templates of single classes")
+    return ", ".join(parts)
 
 
 def _percent(share: float) -> float:
@@ -154,7 +184,7 @@ def _by_name(classes: Sequence[str], shares: Float[np.ndarray, " K"]) -> dict[st
 
 
 def write_classes(path: Path, report: Report) -> None:
-    """Write the figures of every class as CSV; empty where a class does not occur."""
+    """Write the figures of every class, in percent, as CSV; empty where it does not occur."""
     head = ("class", "iou", "accuracy", "boundary_iou", "pixels")
     parts = (
         report["per_class"], report["per_class_accuracy"], report["per_class_boundary_iou"],
@@ -194,8 +224,8 @@ def print_wide(table: Table) -> None:
 
 def print_report(report: Report) -> None:
     """Print the figures: a table of the classes that occur, then one line."""
-    name = report["model"] if report["rival"] is None else f"{report['model']}, {report['rival']}"
-    table = Table("class", "IoU %", "boundary %", title=escape(f"{report['dataset']}, {name}"))
+    title = f"{report['dataset']}, {row_name(report)}"
+    table = Table("class", "IoU %", "boundary %", title=escape(title))
     for column in table.columns[1:]:
         column.justify = "right"
     for class_name, iou in report["per_class"].items():
@@ -203,20 +233,24 @@ def print_report(report: Report) -> None:
         if iou is not None and edge is not None:
             table.add_row(escape(class_name), f"{iou:.1f}", f"{edge:.1f}")
     print_wide(table)
+    star = "" if report["whole"] else " *"
     Console().print(
-        f"mIoU {report['miou']:.1f} over {report['classes_present']} classes, pixel accuracy"
+        f"mIoU {report['miou']:.1f}{star} over {report['classes_present']} classes, pixel accuracy"
         f" {report['pixel_accuracy']:.1f}, mean accuracy {report['mean_accuracy']:.1f}, boundary"
         f" IoU {report['boundary_iou']:.1f} ({report['photos']} photos)",
         highlight=False,
     )
+    if not report["whole"]:
+        print(NOT_WHOLE)
 
 
-def print_terms(reports: Sequence[Report]) -> None:
-    """Print the departures from each protocol, once each."""
+def print_terms(reports: Sequence[Report], said: Collection[str] = ()) -> None:
+    """Print the departures from each protocol, once each, but for those said elsewhere."""
     lines = dict.fromkeys(
         f"{report['protocol']}, {report['dataset']}: {line}"
         for report in reports
         for line in report["departures"]
+        if line not in said
     )
     if lines:
         console = Console()

@@ -17,6 +17,7 @@ from pixelclip.evaluation.report import (
     print_failed,
     print_report,
     print_terms,
+    row_name,
     write_classes,
     write_confusion,
     write_csv,
@@ -24,12 +25,11 @@ from pixelclip.evaluation.report import (
 from pixelclip.evaluation.sheet import Case, write_sheet
 from pixelclip.evaluation.table import (
     Row,
-    cells,
+    csv_cells,
     document,
     our_rows,
     print_table,
     published_rows,
-    row_name,
 )
 from pixelclip.images import write_bytes, write_json
 
@@ -99,7 +99,8 @@ def as_document(results: Results) -> dict[str, object]:
             "sets": list(results.sets),
             "rows": [
                 {"name": row.name, "source": row.source or "this run",
-                 "miou": dict(zip(results.sets, row.values, strict=True)), "mean": row.mean}
+                 "miou": dict(zip(results.sets, row.values, strict=True)), "mean": row.mean,
+                 "not_whole": [name for name in results.sets if name in row.marked]}
                 for row in results.rows
             ],
         },
@@ -121,7 +122,7 @@ def write_results(results: Results, output: Path | None, json_file: Path | None)
     if output is None:
         return
     write_json(output / "results.json", everything)
-    write_csv(output / "table.csv", cells(results.rows, results.sets, digits=3))
+    write_csv(output / "table.csv", csv_cells(results.rows, results.sets))
     text = document(results.reports, results.rows, results.sets, results.missing)
     write_bytes(output / "report.md", text.encode("utf-8", "replace"))
     for result in results.found:
@@ -152,7 +153,8 @@ def print_results(results: Results, *, quiet: bool) -> None:
             print_report(results.reports[0])
         else:
             print_table(results.rows, results.sets, results.reports)
-        print_terms(results.reports)
+        lacking = {line for lines in results.partial.values() for line in lines}  # said below
+        print_terms(results.reports, lacking)
     print_failed(results.reports)
     for name, lines in results.partial.items():
         for line in lines:

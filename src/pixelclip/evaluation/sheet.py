@@ -17,6 +17,10 @@ HEIGHT, WIDEST = 200, 800  # pixels, of each picture
 LEGEND_WIDTH, KEYS = 220, 9
 FEW = 24  # classes whose colours stay apart; of more, each row has colours of its own
 UNLABELLED = (225, 225, 225)
+CAPTION = (
+    "Grey: no class, or not labelled in the truth: there the prediction is hidden. Percent: share"
+    " of the labelled pixels; order: area, in truth or prediction."
+)
 
 
 class Case(NamedTuple):
@@ -57,7 +61,7 @@ def write_sheet(
         DataError: a photo can no longer be read, or the file cannot be written.
     """
     rows = [_row(dataset, case, max_pixels) for case in cases]
-    write_bytes(path, png_bytes(grid(rows, title=title)))
+    write_bytes(path, png_bytes(grid(rows, title=title, subtitle=CAPTION)))
 
 
 def _row(dataset: SegmentationDataset, case: Case, max_pixels: int) -> list[Image.Image]:

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pixelclip.evaluation.protocols import Published
-from pixelclip.evaluation.report import Report, print_wide
+from pixelclip.evaluation.report import NOT_WHOLE, Report, print_wide, row_name
 
 FIGURES = {
     "miou": "mIoU",
@@ -16,6 +16,7 @@ FIGURES = {
     "boundary_iou": "boundary IoU",
     "frequency_weighted_iou": "frequency-weighted IoU",
 }
+NAMED = 10  # classes that do not occur
 
 
 class Row(NamedTuple):
@@ -25,13 +26,15 @@ class Row(NamedTuple):
         name: of the model, with the rival; or the published method.
         source: where the figures are from; empty: this run.
         values: in percent, as the columns; None: not evaluated, or not published.
-        is_whole: none of the data sets lacks photos.
+        is_whole: none of the official data sets lacks photos.
+        marked: names of data sets of which photos are not in the figure.
     """
 
     name: str
     source: str
     values: tuple[float | None, ...]
     is_whole: bool = True
+    marked: frozenset[str] = frozenset()
 
     @property
     def mean(self) -> float | None:
@@ -39,11 +42,6 @@ class Row(NamedTuple):
         known = [value for value in self.values if value is not None]
         complete = len(known) == len(self.values) and known and self.is_whole
         return round(sum(known) / len(known), 3) if complete else None
-
-
-def row_name(report: Report) -> str:
-    """What a result is called in tables."""
-    return report["model"] if report["rival"] is None else f"{report['model']}, {report['rival']}"
 
 
 def our_rows(
@@ -62,10 +60,19 @@ def our_rows(
         partial: names of data sets that lack photos.
     """
     rows: dict[str, dict[str, float]] = {}
+    marked: dict[str, set[str]] = {}
     for report in reports:
+        if not report["whole"]:
+            marked.setdefault(row_name(report), set()).add(report["dataset"])
         rows.setdefault(row_name(report), {})[report["dataset"]] = report[figure]  # type: ignore[literal-required]  # a key of FIGURES
     return [
-        Row(name, "", tuple(map(values.get, sets)), values.keys().isdisjoint(partial))
+        Row(
+            name,
+            "",
+            tuple(map(values.get, sets)),
+            values.keys().isdisjoint(partial),
+            frozenset(marked.get(name, ())),
+        )
         for name, values in rows.items()
     ]
 
@@ -76,15 +83,35 @@ def published_rows(lines: Sequence[Published], sets: Sequence[str]) -> list[Row]
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
-def cells(rows: Sequence[Row], sets: Sequence[str], digits: int = 1) -> list[list[str]]:
-    """The table as text, head first; no mean of one set, no sources if all are from this run."""
+def cells(rows: Sequence[Row], sets: Sequence[str]) -> list[list[str]]:
+    """The table as text, head first; no mean of one set, no sources if all are from this run.
+
+    Figures that are not of all photos have a star.
+    """
+    return _cells(rows, sets, 1, " *")
+
+
+def csv_cells(rows: Sequence[Row], sets: Sequence[str]) -> list[list[str]]:
+    """The same for programs: three digits, and a column of the sets that would have a star."""
+    head, *lines = _cells(rows, sets, 3, "")
+    not_whole = (" ".join(name for name in sets if name in row.marked) for row in rows)
+    return [
+        [*head, "not whole"],
+        *([*line, names] for line, names in zip(lines, not_whole, strict=True)),
+    ]
+
+
+def _cells(rows: Sequence[Row], sets: Sequence[str], digits: int, star: str) -> list[list[str]]:
     has_sources = any(row.source for row in rows)
     has_mean = len(sets) > 1
     head = ["mIoU %", *sets, *(["mean"] * has_mean), *(["source"] * has_sources)]
     lines = []
     for row in rows:
-        values = (*row.values, row.mean) if has_mean else row.values
-        figures = ["" if v is None else f"{v:.{digits}f}" for v in values]
+        values = [*zip(row.values, sets, strict=True), *([(row.mean, "")] * has_mean)]
+        figures = [
+            "" if v is None else f"{v:.{digits}f}{star * (name in row.marked)}"
+            for v, name in values
+        ]
         lines.append([row.name, *figures, *([row.source or "this run"] if has_sources else [])])
     return [head, *lines]
 
@@ -107,7 +134,10 @@ def document(
     reports: Sequence[Report], rows: Sequence[Row], sets: Sequence[str], missing: Sequence[str]
 ) -> str:
     """The whole evaluation in Markdown: mIoU beside what is published, and all else per set."""
-    parts = ["# Evaluation\n", markdown(cells(rows, sets)), f"{kinds_of_sets(reports)}\n"]
+    parts = ["# Evaluation\n", markdown(cells(rows, sets))]
+    if any(row.marked for row in rows):
+        parts.append(f"\\{NOT_WHOLE}\n")
+    parts.append(f"{kinds_of_sets(reports)}\n")
     if missing:
         parts.append("Not evaluated:\n" + "".join(f"\n- {line}" for line in missing) + "\n")
     for name in dict.fromkeys(report["dataset"] for report in reports):
@@ -134,20 +164,33 @@ def _terms(reports: Sequence[Report]) -> str:
         lines += [f"- {line}" for line in departures]
         lines.append("")
     if first["failed"]:
-        lines.append(f"{len(first['failed'])} photos could not be used; the first:\n")
+        count = len(first["failed"])
+        lines.append(f"{count} photo{'s' * (count > 1)} could not be used; the first:\n")
         lines += [f"- {first['failed'][0]}", ""]
     return "\n".join(lines)
 
 
 def _classes(reports: Sequence[Report]) -> str:
-    lines = [["IoU % (boundary IoU %)", *(row_name(report) for report in reports), "pixels"]]
+    names = [row_name(report) for report in reports]
+    heads = [f"{name}: " if len(names) > 1 else "" for name in names]
+    columns = [f"{head}{what} %" for head in heads for what in ("IoU", "boundary IoU")]
+    lines = [["class", *columns, "pixels"]]
+    absent = []
     for name, pixels in reports[0]["per_class_pixels"].items():
         pairs = [(r["per_class"][name], r["per_class_boundary_iou"][name]) for r in reports]
-        figures = ["" if i is None or b is None else f"{i:.1f} ({b:.1f})" for i, b in pairs]
+        figures = ["" if v is None else f"{v:.1f}" for pair in pairs for v in pair]
         if pixels:
             lines.append([name, *figures, str(pixels)])
-    absent = len(reports[0]["per_class_pixels"]) - len(lines) + 1
-    return markdown(lines) + (f"\n{absent} classes do not occur.\n" if absent else "")
+        else:
+            absent.append(name)
+    return markdown(lines) + (f"\n{absent_line(absent)}\n" if absent else "")
+
+
+def absent_line(names: Sequence[str]) -> str:
+    """A line on the classes that do not occur."""
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    verb = "class does" if len(names) == 1 else "classes do"
+    return f"{len(names)} {verb} not occur: {', '.join(names[:NAMED])}{more}."
 
 
 def kinds_of_sets(reports: Sequence[Report]) -> str:
@@ -171,4 +214,6 @@ def print_table(rows: Sequence[Row], sets: Sequence[str], reports: Sequence[Repo
     for line in lines:
         table.add_row(*map(escape, line))
     print_wide(table)
+    if any(row.marked for row in rows):
+        print(NOT_WHOLE)
     print(kinds_of_sets(reports))

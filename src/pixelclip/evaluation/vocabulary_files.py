@@ -1,7 +1,7 @@
 """The vocabulary report as Markdown and as pictures."""
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ def _cell(value: object) -> str:
 
 def _head(report: VocabularyReport) -> str:
     spread, near = report["spread"], report["near_misses"]
+    changed = {row["label"]: row["changed"] for row in report["wordings"]}
     lines = [
         f"# Words and classes: {report['model']} on {report['dataset']}",
         f"mIoU {report['miou']:.1f} % on {report['photos']} photos. Over {spread['wordings']}"
@@ -54,12 +55,16 @@ def _head(report: VocabularyReport) -> str:
         f" {spread['deviation']:.1f}, worst {spread['lowest']:.1f} ({spread['worst']}), best"
         f" {spread['highest']:.1f} ({spread['best']}).",
     ]
+    ends = (("Worst", spread["worst"]), ("Best", spread["best"]))
+    said = [f"- {end}, {label}: {_words(changed[label])}" for end, label in ends if changed[label]]
+    lines += ["\n".join(said)] if said else []
     if near is not None:
         lines.append(
-            f"With {len(near['names'])} near misses in the vocabulary: mIoU {near['after']:.1f}"
-            f" instead of {near['before']:.1f}, mean accuracy {near['accuracy_after']:.1f} instead"
-            f" of {near['accuracy_before']:.1f}; they take {near['pixels']:.1f} % of the labelled"
-            " pixels."
+            f"With {len(near['names'])} near misses in the vocabulary: mIoU"
+            f" {near['miou_after']:.1f}"
+            f" instead of {near['miou_before']:.1f}, mean accuracy"
+            f" {near['accuracy_after']:.1f} instead of {near['accuracy_before']:.1f}; they take"
+            f" {near['pixels_percent']:.1f} % of the labelled pixels."
         )
     lines.append(
         f"Protocol {report['protocol']}; hash of the class names {report['classes_sha256'][:12]}."
@@ -69,15 +74,20 @@ def _head(report: VocabularyReport) -> str:
     return "\n\n".join(lines)
 
 
+def _words(changed: Mapping[str, str]) -> str:
+    """What stands for what."""
+    return ", ".join(f"{old} → {new}" for old, new in changed.items())
+
+
 def _classes(report: VocabularyReport) -> str:
     correlation = report["rank_correlation"]
     said = ", ".join(
         f"{name} {'not defined' if value is None else f'{value:+.2f}'}"
         for name, value in (
-            ("share of pixels", correlation["pixels"]),
+            ("share of pixels", correlation["pixels_percent"]),
             ("number of photos", correlation["photos"]),
-            ("median piece", correlation["piece_area"]),
-            ("objects", correlation["object_area"]),
+            ("median piece", correlation["piece_pixels"]),
+            ("objects", correlation["object_pixels"]),
         )
     )
     head = [
@@ -87,11 +97,11 @@ def _classes(report: VocabularyReport) -> str:
         "photos",
         "pieces",
         "median piece, pixels",
-        "size of objects",
+        "size of objects, pixels",
     ]
     rows = [
-        [row["name"], row["iou"], row["pixels"], row["photos"], row["pieces"],
-         None if row["piece_area"] is None else round(row["piece_area"]), row["object_area"]]
+        [row["name"], row["iou"], row["pixels_percent"], row["photos"], row["pieces"],
+         None if row["piece_pixels"] is None else round(row["piece_pixels"]), row["object_pixels"]]
         for row in report["classes"]
     ]  # fmt: skip
     return (
@@ -111,7 +121,8 @@ def _wordings(report: VocabularyReport) -> str:
     second = _table(
         ["class", "IoU %", "mean", "deviation", "lowest", "highest", "worst wording", "best"],
         [[row["name"], row["iou"], own["mean"], own["deviation"], own["lowest"], own["highest"],
-          own["worst"], own["best"]] for row in report["classes"] if (own := row["wording"])],
+          _own(report, own["worst"], row["name"]), _own(report, own["best"], row["name"])]
+         for row in report["classes"] if (own := row["wording"])],
         texts=(0, 6, 7),
     )  # fmt: skip
     swaps = [row for row in report["wordings"] if row["kind"] == "one synonym"]
@@ -121,18 +132,28 @@ def _wordings(report: VocabularyReport) -> str:
         ["one name changed", "IoU % of the class", "mIoU %", "change"],
         [[row["label"], row["iou"], row["miou"], f"{row['change']:+.1f}"] for row in chosen],
     )
-    parts = ["## Wording", first, "Over all wordings that rename the class:", second]
+    several = [row for row in every if row["changed"]]
+    lines = [f"- {row['label']}: {_words(row['changed'])}" for row in several]
+    words = ["The words:", "\n".join(lines)] if lines else []
+    parts = ["## Wording", first, *words, "Over all wordings that rename the class:", second]
     if not swaps:
         return "\n\n".join(parts)
     most = f", the {SHOWN} worst and the {SHOWN} best" if len(chosen) < len(swaps) else ""
     return "\n\n".join([*parts, f"One name at a time ({len(swaps)} in all{most}):", third])
 
 
+def _own(report: VocabularyReport, label: str, name: str) -> str:
+    """A wording, and the word that it has for a class, where the label does not say it."""
+    changed = next(row["changed"] for row in report["wordings"] if row["label"] == label)
+    is_said = name not in changed or label == _words(changed)
+    return label if is_said else f"{changed[name]} ({label})"
+
+
 def _near(report: VocabularyReport) -> str:
     if report["near_misses"] is None:
         return ""
     rows = [
-        [row["name"], loss["share"], loss["most"]]
+        [row["name"], loss["percent"], loss["most"]]
         for row in report["classes"]
         if (loss := row["near_misses"])
     ]
@@ -145,7 +166,7 @@ def _near(report: VocabularyReport) -> str:
 
 
 def _pairs(report: VocabularyReport) -> str:
-    rows = [[row["true"], row["predicted"], row["share"]] for row in report["confused"]]
+    rows = [[row["true"], row["predicted"], row["percent"]] for row in report["confused"]]
     if not rows:
         return ""
     table = _table(["true", "labelled as", "% of the true class"], rows, texts=(0, 1))
@@ -190,9 +211,10 @@ def _draw_classes(figure: "Figure", report: VocabularyReport) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     ious = [row["iou"] or 0.0 for row in rows]
     for axes, what, key, values in (
-        (panels[0], "share of the labelled pixels, %", "pixels", [row["pixels"] for row in rows]),
-        (panels[1], "size of objects, pixels", "object_area",
-         [float(row["object_area"] or 0) for row in rows]),
+        (panels[0], "share of the labelled pixels, %", "pixels_percent",
+         [row["pixels_percent"] for row in rows]),
+        (panels[1], "size of objects, pixels", "object_pixels",
+         [float(row["object_pixels"] or 0) for row in rows]),
     ):  # fmt: skip
         axes.scatter(values, ious, s=18)
         axes.set(xscale="log", xlabel=what, ylim=(-4, 104), xmargin=0.12)
@@ -205,8 +227,8 @@ def _draw_classes(figure: "Figure", report: VocabularyReport) -> None:
     panels[0].set_ylabel("IoU, %")
     figure.draw_without_rendering()  # places are known only then
     for axes, values in (
-        (panels[0], [row["pixels"] for row in rows]),
-        (panels[1], [float(row["object_area"] or 0) for row in rows]),
+        (panels[0], [row["pixels_percent"] for row in rows]),
+        (panels[1], [float(row["object_pixels"] or 0) for row in rows]),
     ):
         points = axes.transData.transform(list(zip(values, ious, strict=True))) * 72 / figure.dpi
         names = [row["name"].split(",")[0] for row in rows]

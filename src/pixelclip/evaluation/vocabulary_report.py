@@ -10,7 +10,7 @@ from pixelclip.evaluation.datasets import SegmentationDataset
 from pixelclip.evaluation.metrics import accuracy_per_class, iou_per_class, mean_accuracy, mean_iou
 from pixelclip.evaluation.report import Terms
 from pixelclip.evaluation.vocabularies import Counted, Vocabularies
-from pixelclip.evaluation.wordings import Wording
+from pixelclip.evaluation.wordings import Wording, changed_words
 
 MAX_PAIRS = 20
 
@@ -30,29 +30,30 @@ class Spread(TypedDict):
 class Loss(TypedDict):
     """What near misses take from a class.
 
-    `share` of its pixels, in percent, was right and is theirs; `most` is the one that takes most.
+    `percent` of its pixels were right and are theirs; `most` is the one that takes most.
     """
 
-    share: float
+    percent: float
     most: str
 
 
 class ClassRow(TypedDict):
-    """A class as it is named in the data set; shares and IoU in percent.
+    """A class as it is named in the data set; IoU and accuracy in percent.
 
-    `pixels` is its share of the labelled pixels, `piece_area` the median of its connected pieces'
-    pixels; as rough outlines leave crumbs, `object_area` is that of the piece that its median pixel
-    lies in. `wording` is over those wordings that rename it. What is not known of it is None.
+    `pixels_percent` is its share of the labelled pixels, `piece_pixels` the median size of its
+    connected pieces; as rough outlines leave crumbs, `object_pixels` is that of the piece that its
+    median pixel lies in. `wording` is over those wordings that rename it. What is not known of it
+    is None.
     """
 
     name: str
     iou: float | None
     accuracy: float | None
-    pixels: float
+    pixels_percent: float
     photos: int
     pieces: int
-    piece_area: float | None
-    object_area: int | None
+    piece_pixels: float | None
+    object_pixels: int | None
     wording: Spread | None
     near_misses: Loss | None
 
@@ -60,47 +61,48 @@ class ClassRow(TypedDict):
 class WordingRow(TypedDict):
     """A wording: mIoU in percent, over the true classes; `change` is that of the given one to it.
 
-    `changed` names the class that `one synonym` renames, `iou` is that class's.
+    `changed` has the new name of each class that is renamed, `iou` is that of the one class that
+    `one synonym` renames.
     """
 
     kind: str
     label: str
     miou: float
     change: float
-    changed: str
+    changed: dict[str, str]
     iou: float | None
 
 
 class PairRow(TypedDict):
-    """Pixels of class `true` that became `predicted`: how many, and their share of the class."""
+    """Pixels of class `true` that became `predicted`: how many, and percent of the class."""
 
     true: str
     predicted: str
     pixels: int
-    share: float
+    percent: float
 
 
 class NearMisses(TypedDict):
     """Figures over the true classes without and with near misses in the vocabulary, in percent.
 
     What a near miss takes is a miss of its true class; taken from a wrong class, it is one
-    false pixel less there, so that mIoU (`before`, `after`) may even rise. Mean accuracy cannot.
-    `pixels` is the share of all labelled ones that near misses take.
+    false pixel less there, so that mIoU may even rise. Mean accuracy cannot. `pixels_percent` is
+    the share of all labelled ones that near misses take.
     """
 
     names: list[str]
-    before: float
-    after: float
+    miou_before: float
+    miou_after: float
     accuracy_before: float
     accuracy_after: float
-    pixels: float
+    pixels_percent: float
 
 
 class VocabularyReport(TypedDict):
     """All of it.
 
-    `rank_correlation` is Spearman's, of a class's IoU with its pixels, photos and two areas;
-    `spread` that of mIoU over the wordings of all names.
+    `rank_correlation` is Spearman's, of a class's IoU with four figures of `ClassRow`, by
+    their names; `spread` that of mIoU over the wordings of all names.
     """
 
     dataset: str
@@ -163,7 +165,7 @@ def confused_pairs(
         if shares[true, predicted] > 0:
             pixels, share = int(matrix[true, predicted]), float(shares[true, predicted])
             rows.append(PairRow(true=names[true], predicted=names[predicted], pixels=pixels,
-                                share=round(100 * share, 2)))  # fmt: skip
+                                percent=round(100 * share, 2)))  # fmt: skip
     return rows
 
 
@@ -223,7 +225,7 @@ def _wording_rows(
         rows.append(WordingRow(
             kind=wording.kind, label=wording.label, miou=round(100 * miou, 3),
             change=round(100 * (miou - first), 3),
-            changed="" if changed is None else classes[changed], iou=own,
+            changed=changed_words(wording, classes), iou=own,
         ))  # fmt: skip
     return rows
 
@@ -263,10 +265,10 @@ def _class_rows(
         own = _renaming(wordings, index)
         rows.append(ClassRow(
             name=name, iou=_percent(ious[0, index]), accuracy=_percent(accuracies[index]),
-            pixels=round(100 * float(pixels[index] / pixels.sum()), 3),
+            pixels_percent=round(100 * float(pixels[index] / pixels.sum()), 3),
             photos=int(counted.photos[index]), pieces=len(areas),
-            piece_area=float(np.median(areas)) if areas else None,
-            object_area=object_area(areas) if areas else None,
+            piece_pixels=float(np.median(areas)) if areas else None,
+            object_pixels=object_area(areas) if areas else None,
             wording=None if np.isnan(ious[0, index])
             else _spread([wordings[v] for v in own], ious[own, index]),
             near_misses=_class_loss(wordings, counted.matrices, index),
@@ -291,7 +293,7 @@ def _class_loss(
     taken = row[count:-1]
     lost = matrices[0][index, index] - row[index]
     name = wordings[extended[0]].names[count + int(taken.argmax())] if taken.any() else ""
-    return Loss(share=_rounded(lost / true), most=name)
+    return Loss(percent=_rounded(lost / true), most=name)
 
 
 def _near_misses(
@@ -303,11 +305,11 @@ def _near_misses(
             taken = matrix[:, count:-1].sum() / matrix.sum()
             return NearMisses(
                 names=list(wording.names[count:]),
-                before=round(100 * mean_iou(matrices[0]), 3),
-                after=round(100 * mean_iou(true_classes(matrix)), 3),
+                miou_before=round(100 * mean_iou(matrices[0]), 3),
+                miou_after=round(100 * mean_iou(true_classes(matrix)), 3),
                 accuracy_before=_rounded(mean_accuracy(true_classes(matrices[0]))),
                 accuracy_after=_rounded(mean_accuracy(true_classes(matrix))),
-                pixels=_rounded(taken),
+                pixels_percent=_rounded(taken),
             )
     return None
 
@@ -317,8 +319,8 @@ def _correlations(classes: Sequence[ClassRow]) -> dict[str, float | None]:
     seen = [row for row in classes if row["iou"] is not None]
     ious = [float(row["iou"] or 0) for row in seen]
     return {
-        "pixels": rank_correlation(ious, [row["pixels"] for row in seen]),
+        "pixels_percent": rank_correlation(ious, [row["pixels_percent"] for row in seen]),
         "photos": rank_correlation(ious, [float(row["photos"]) for row in seen]),
-        "piece_area": rank_correlation(ious, [float(row["piece_area"] or 0) for row in seen]),
-        "object_area": rank_correlation(ious, [float(row["object_area"] or 0) for row in seen]),
+        "piece_pixels": rank_correlation(ious, [float(row["piece_pixels"] or 0) for row in seen]),
+        "object_pixels": rank_correlation(ious, [float(row["object_pixels"] or 0) for row in seen]),
     }

@@ -83,6 +83,11 @@ class Wording(NamedTuple):
     changed: int | None = None
 
 
+def changed_words(wording: Wording, classes: Sequence[str]) -> dict[str, str]:
+    """The names that a wording changes, and by which words; names that it adds are none."""
+    return {old: new for old, new in zip(classes, wording.names, strict=False) if old != new}
+
+
 def load_thesaurus(path: Path | None = None) -> Thesaurus:
     """The thesaurus in a JSON file of the same form as data/thesaurus.json, which is the default.
 

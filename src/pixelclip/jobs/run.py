@@ -90,7 +90,8 @@ def run(
         MissingExtra: Ray is not installed.
     """
     check_not_importing()
-    with Shown(what, sum(len(piece.photos) for piece in pieces), 0, quiet=quiet) as shown:
+    total = sum(len(piece.photos) for piece in pieces)
+    with Shown(what, total, 0, quiet=quiet, unit=_unit(pieces, total)) as shown:
         done = 0
 
         def tick(is_new: bool) -> None:
@@ -106,6 +107,12 @@ def run(
         if crew.workers > 1 and pieces:
             return _summary(run_over(work, pieces, crew.workers, crew.threads, tick))
         return _summary(_run_here(work, pieces, crew.threads, tick))
+
+
+def _unit(pieces: Sequence[Piece], total: int) -> str:
+    """What is counted: photos, or where they come several times, as with rivals, so many."""
+    photos = len({(photo.path, photo.url) for piece in pieces for photo in piece.photos})
+    return "photos" if photos == total else f"passes over {photos} photos"
 
 
 def _summary(outcomes: Iterator[tuple[int, list[Outcome]]]) -> Summary:

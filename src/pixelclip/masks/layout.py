@@ -84,11 +84,11 @@ def note(text: str, size: tuple[int, int]) -> Image.Image:
     return canvas
 
 
-def heading(text: str) -> Image.Image:
+def heading(text: str, size: int = TITLE_SIZE) -> Image.Image:
     """A line of larger text."""
-    font = ImageFont.load_default(size=TITLE_SIZE)
+    font = ImageFont.load_default(size=size)
     text = plain(text)
-    canvas = Image.new("RGB", (int(font.getlength(text)) + 2, TITLE_SIZE + 2 * GAP), "white")
+    canvas = Image.new("RGB", (int(font.getlength(text)) + 2, size + 2 * GAP), "white")
     middle = (canvas.width / 2, canvas.height / 2)
     ImageDraw.Draw(canvas).text(middle, text, INK, font, anchor="mm")
     return canvas
@@ -112,7 +112,7 @@ def legend(keys: Sequence[Key], *, width: int, height: int, limit: int) -> Image
         top = LINE * number
         colour = tuple(int(value) for value in key.colour)
         draw.rectangle((0, top, TEXT_SIZE, top + TEXT_SIZE), colour, INK)
-        share = f"  {key.share:.0%}" if key.share >= 0.01 else "  <1%"
+        share = f"  {key.share:.0%}" if key.share >= 0.01 or not key.share else "  <1%"
         room = width - left - int(font.getlength(share)) - 1
         name = shortened(plain(key.name), room, font)
         draw.text((left, top + TEXT_SIZE / 2), name + share, INK, font, anchor="lm")
@@ -122,23 +122,27 @@ def legend(keys: Sequence[Key], *, width: int, height: int, limit: int) -> Image
     return canvas
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], *, title: str = "") -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[Image.Image]], *, title: str = "", subtitle: str = ""
+) -> Image.Image:
     """Rows of images on white, each in the middle of its column and at the bottom of its row.
 
     Args:
         rows: a row may have fewer images than another.
         title: to stand above them.
+        subtitle: in smaller letters, below the title.
     """
     columns = [[row[i] for row in rows if i < len(row)] for i in range(max(map(len, rows)))]
     widths = [max(cell.width for cell in column) for column in columns]
     heights = [max(cell.height for cell in row) for row in rows]
     head = [heading(title)] if title else []
+    head += [heading(subtitle, TEXT_SIZE)] if subtitle else []
     bottom = sum(image.height + MARGIN for image in head)
     width = max([sum(widths) + MARGIN * (len(widths) - 1), *(image.width for image in head)])
     height = bottom + sum(heights) + MARGIN * (len(heights) - 1)
     canvas = Image.new("RGB", (width + 2 * MARGIN, height + 2 * MARGIN), "white")
-    for image in head:
-        canvas.paste(image, (MARGIN, MARGIN))
+    for number, image in enumerate(head):
+        canvas.paste(image, (MARGIN, MARGIN + sum(it.height + MARGIN for it in head[:number])))
     for row, row_height in zip(rows, heights, strict=True):
         bottom += MARGIN + row_height
         left = MARGIN
